@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+# Ranks are processes of their own, so one thread each; results then do not depend on the core count either.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS  := pyproject.toml setup.py constraints.txt
+RUNTIME := $(VENV)/.runtime
+DEV     := $(VENV)/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(RUNTIME) ## train the demo model on this machine; extra flags in ARGS
+	$(BIN)/megapar train configs/demo.toml --nproc auto $(ARGS)
+
+test: $(DEV) ## run the tests; pytest flags in ARGS
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(RUNTIME) ## run every benchmark; flags in ARGS
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove the venv, build products and caches (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megapar -name '*.so' -delete
+
+# The package is built without isolation, so that C++ extensions are compiled against the torch of this venv:
+# what the build imports has to be in place first.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "megapar needs Python 3.11 or newer: install it, or name one with make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): $(INPUTS) | $(BIN)/python
+	$(PIP) setuptools wheel torch numpy
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+# [dev] includes the runtime, so it satisfies both stamps.
+$(DEV): $(INPUTS) | $(BIN)/python
+	$(PIP) setuptools wheel torch numpy
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $(RUNTIME) $@

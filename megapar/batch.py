@@ -1,0 +1,80 @@
+"""What every block must know about the tokens it is given, beside their hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """`b` sequences of `s` tokens, flattened b-major to t = b * s rows.
+
+    tokens: int64 [t], the ids.
+    position_ids: int64 [t], the position that RoPE and learned embeddings read.
+    segment_ids: int64 [t] or None; a token attends only within its own segment (packed documents).
+    prefix_len: int64 [b] or None; the first prefix_len tokens of a sequence attend to each other in both directions.
+    """
+
+    b: int
+    s: int
+    tokens: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor | None = None
+    prefix_len: Tensor | None = None
+    _memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens.dtype != torch.int64:
+            raise ValueError(f"tokens have dtype {self.tokens.dtype} and must be ids of dtype torch.int64: convert them with .long()")
+        for name in ("tokens", "position_ids", "segment_ids"):
+            ids: Tensor | None = getattr(self, name)
+            if ids is not None and ids.shape != (self.t,):
+                raise ValueError(f"{name} have shape {tuple(ids.shape)} and must be [b * s] = [{self.t}]: flatten them b-major")
+        if self.prefix_len is not None and self.prefix_len.shape != (self.b,):
+            raise ValueError(f"prefix_len has shape {tuple(self.prefix_len.shape)} and must be [{self.b}]: give one length a sequence")
+
+    @staticmethod
+    def of(tokens: Tensor) -> TokenBatch:
+        """The batch of `tokens`, int64 [b, s], at positions 0 to s - 1, attending causally."""
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be [b, s] with b and s of 1 or more: reshape or feed some")
+        b, s = tokens.shape
+        return TokenBatch(b, s, tokens.reshape(-1), torch.arange(s, device=tokens.device).repeat(b))
+
+    @property
+    def t(self) -> int:
+        """Number of tokens."""
+        return self.b * self.s
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the mask is plain causal within each sequence."""
+        return self.segment_ids is None and self.prefix_len is None
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, computed once for this batch: what all blocks derive alike (RoPE angles, a dense mask)."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]  # type: ignore[return-value]
+
+    def attention_mask(self) -> Tensor:
+        """bool [b, 1, s, s], True where query i may attend to key j: for backends that need it dense."""
+        return self.memo("attention_mask", self._dense_mask)
+
+    def _dense_mask(self) -> Tensor:
+        index = torch.arange(self.s, device=self.tokens.device)
+        allowed = (index[:, None] >= index[None, :]).expand(self.b, self.s, self.s)
+        if self.prefix_len is not None:
+            in_prefix = index[None, :] < self.prefix_len[:, None]
+            allowed = allowed | (in_prefix[:, :, None] & in_prefix[:, None, :])
+        if self.segment_ids is not None:
+            segment = self.segment_ids.view(self.b, self.s)
+            allowed = allowed & (segment[:, :, None] == segment[:, None, :])
+        return allowed[:, None]

@@ -1,0 +1,103 @@
+"""The data order, a pure function of the seed and the sample number, and the held-out windows."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED_TARGET = -100
+
+
+class Sampler:
+    """Cuts `tokens` (integers, `[t]`) into samples and shuffles them anew each epoch, by `seed` alone.
+
+    Slot i holds tokens[i*s : i*s + s + 1] for sequence length s: s inputs and the last one's target. An epoch
+    visits each of its (t - 1) // s slots once. Raises ValueError if s < 1 or `tokens` is short of one sample.
+    """
+
+    def __init__(self, tokens: NDArray[np.integer], sequence_length: int, seed: int) -> None:
+        _check_sequence_length(sequence_length)
+        if len(tokens) < sequence_length + 1:
+            raise ValueError(
+                f"corpus has {len(tokens)} tokens, one sample needs {sequence_length + 1}: "
+                "give more text or lower data.sequence_length"
+            )
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._cached_epoch = -1
+        self._cached_permutation = np.empty(0, dtype=np.int64)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Return the number of samples in one epoch."""
+        return (len(self._tokens) - 1) // self._sequence_length
+
+    def batch(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return samples first .. first + count - 1 of the run, counted across epochs, as int64 `[count, s + 1]`.
+
+        Raises ValueError if `first` is negative or `count` is below 1.
+        """
+        if first < 0 or count < 1:
+            raise ValueError(
+                f"batch starts at sample {first} and has {count}, it must start at 0 or later and have 1 or more: "
+                "correct first and count"
+            )
+        numbers = np.arange(first, first + count)
+        epochs, positions = np.divmod(numbers, self.samples_per_epoch)
+        slots = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            slots[chosen] = self._permutation(int(epoch))[positions[chosen]]
+        offsets = np.arange(self._sequence_length + 1)
+        samples: NDArray[np.int64] = self._tokens[slots[:, None] * self._sequence_length + offsets].astype(np.int64)
+        return samples
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._cached_epoch:
+            self._cached_permutation = _permutation(self._seed, epoch, self.samples_per_epoch)
+            self._cached_epoch = epoch
+        return self._cached_permutation
+
+
+def split_held_out(tokens: NDArray[np.integer], fraction: float) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Return views (train, held_out) of `tokens` `[t]`; the tail from int(t * (1 - fraction)) on is held out.
+
+    Raises ValueError if `fraction` is outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"held-out fraction is {fraction}, it must be above 0 and below 1: use for example 0.05")
+    boundary = int(len(tokens) * (1 - fraction))
+    return tokens[:boundary], tokens[boundary:]
+
+
+def held_out_windows(tokens: NDArray[np.integer], sequence_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (inputs, targets), both int64 `[windows, s]`, that hold every target tokens[1:] exactly once.
+
+    The last window's padding is 0 in the inputs and -100 in the targets. Raises ValueError if s < 1 or there
+    are fewer than 2 tokens.
+    """
+    _check_sequence_length(sequence_length)
+    if len(tokens) < 2:
+        raise ValueError(
+            f"held-out text has {len(tokens)} tokens, one target needs 2: give more text or hold out a larger fraction"
+        )
+    num_targets = len(tokens) - 1
+    num_windows = -(-num_targets // sequence_length)
+    inputs = np.zeros(num_windows * sequence_length, dtype=np.int64)
+    targets = np.full(num_windows * sequence_length, IGNORED_TARGET, dtype=np.int64)
+    inputs[:num_targets] = tokens[:-1]
+    targets[:num_targets] = tokens[1:]
+    shape = (num_windows, sequence_length)
+    return inputs.reshape(shape), targets.reshape(shape)
+
+
+def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    key = int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:16], "big")
+    # numpy keeps Philox's raw stream the same across versions, but not Generator.permutation's use of it.
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+
+
+def _check_sequence_length(sequence_length: int) -> None:
+    if sequence_length < 1:
+        raise ValueError(f"data.sequence_length is {sequence_length}, it must be at least 1: raise it")

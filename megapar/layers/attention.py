@@ -1,0 +1,112 @@
+"""Causal self-attention with grouped KV heads (arXiv:2305.13245) and rotary positions, the heads cut over tp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapar.batch import TokenBatch
+from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
+from megapar.mesh import TensorParallel, as_axis
+from megapar.ops.rope import rope, rope_angles
+from megapar.params import Init, Interval, split
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """Every rank's interval of the query heads and of the KV heads it reads."""
+
+    q: tuple[Interval, ...]
+    kv: tuple[Interval, ...]
+
+
+def split_heads(heads: int, kv_heads: int, ranks: int) -> HeadCut:
+    """Cuts query heads over the ranks together with the KV heads that they read.
+
+    With kv_heads >= ranks, whole groups are cut and the first ranks take the extra; with fewer, the ranks are dealt to the KV heads and
+    share the query heads of theirs. Raises ValueError when a rank would be left without a head.
+    """
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads={heads} must be a positive multiple of kv_heads={kv_heads}: change one of them")
+    group = heads // kv_heads
+    if ranks <= kv_heads:
+        kv = split(kv_heads, ranks)
+        return HeadCut(tuple((a * group, b * group) for a, b in kv), tuple(kv))
+    if -(-ranks // kv_heads) > group:
+        raise ValueError(f"tp={ranks} leaves a rank without one of the {heads} heads over {kv_heads} KV heads: lower tp to {heads} or less")
+    q: list[Interval] = []
+    shared: list[Interval] = []
+    for kv_head, (first, last) in enumerate(split(ranks, kv_heads)):
+        for a, b in split(group, last - first):
+            q.append((kv_head * group + a, kv_head * group + b))
+            shared.append((kv_head, kv_head + 1))
+    return HeadCut(tuple(q), tuple(shared))
+
+
+class Attention(nn.Module):
+    """x [t, hidden_size] and its TokenBatch to [t, hidden_size]; WQ WK WV column-parallel in one GEMM, WO row-parallel.
+
+    With `sequence_parallel` input and output are this rank's ceil(t / tp) tokens. `rope_theta=None` leaves positions to the embedding.
+    Where ranks share a KV head, WK and WV are a layer of their own, whose gradients are summed over the ranks that share it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        head_size: int | None = None,
+        tp: TensorParallel = None,
+        bias: bool = False,
+        rope_theta: float | None = 10000.0,
+        sequence_parallel: bool = False,
+        init: Init | None = None,
+        out_init: Init | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = as_axis(tp)
+        kv_heads = heads if kv_heads is None else kv_heads
+        cut = split_heads(heads, kv_heads, self.tp.size)
+        if head_size is None:
+            if hidden_size % heads:
+                raise ValueError(f"hidden_size={hidden_size} must be a multiple of heads={heads}: change one of them or give head_size")
+            head_size = hidden_size // heads
+        if rope_theta is not None and head_size % 2:
+            raise ValueError(f"head_size={head_size} must be even, rotary positions turn pairs: change it or use learned positions")
+        self.head_size, self.rope_theta = head_size, rope_theta
+        self.q_heads, self.kv_heads = (b - a for a, b in (cut.q[self.tp.rank], cut.kv[self.tp.rank]))
+        q, k, v = (
+            Shards(n * head_size, head_size, name, tuple((a * head_size, b * head_size) for a, b in intervals))
+            for name, n, intervals in (("q", heads, cut.q), ("k", kv_heads, cut.kv), ("v", kv_heads, cut.kv))
+        )
+        common: dict[str, Any] = {"tp": self.tp, "bias": bias, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
+        self.shares_kv = self.tp.size > kv_heads
+        if self.shares_kv:
+            self.q = ColumnParallelLinear(hidden_size, q, init=init, **common)
+            self.kv = ColumnParallelLinear(hidden_size, (k, v), init=init, **common)
+        else:
+            self.qkv = ColumnParallelLinear(hidden_size, (q, k, v), init=init, **common)
+        self.out = RowParallelLinear(q, hidden_size, init=out_init or init, **common)
+
+    def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        q_heads, kv_heads, d = self.q_heads, self.kv_heads, self.head_size
+        qkv = torch.cat([self.q(x), self.kv(x)], -1) if self.shares_kv else self.qkv(x)
+        # Sequence parallelism pads the tokens to a multiple of tp: the rows past t are nobody's.
+        qkv = qkv[: batch.t].view(batch.t, q_heads + 2 * kv_heads, d)
+        qk, v = qkv.split([q_heads + kv_heads, kv_heads], dim=1)
+        if self.rope_theta is not None:
+            theta, dtype = self.rope_theta, x.dtype
+            cos, sin = batch.memo(("rope", d, theta, dtype), lambda: rope_angles(batch.position_ids, d, theta, dtype))
+            qk = rope(qk, cos, sin)
+        q, k = qk.split([q_heads, kv_heads], dim=1)
+        q, k, v = (z.reshape(batch.b, batch.s, -1, d).transpose(1, 2) for z in (q, k, v))
+        mask = None if batch.is_causal else batch.attention_mask()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
+        return self.out(y.transpose(1, 2).reshape(batch.t, q_heads * d))

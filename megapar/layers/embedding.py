@@ -1,0 +1,120 @@
+"""Vocabulary-parallel embedding: a stand-in for `nn.Embedding` with the rows cut over tp (arXiv:1909.08053, section 3).
+
+The vocabulary need not be a multiple of tp: the first ranks hold one row more, and no padding rows exist.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapar import grads
+from megapar.collectives import check_same, run_eagerly, start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.mesh import Axis, TensorParallel, as_axis
+from megapar.params import Init, ParamSpec, Piece, SpecParameter, draw, split
+
+
+class VocabParallelEmbedding(nn.Module):
+    """ids, int [...], to rows [..., embedding_dim], the same on all ranks.
+
+    With `sequence_parallel`, ids [t, ...] give this rank's share of the tokens, ceil(t / tp) of them along dimension 0, zeros past t.
+    Initial values are nn.Embedding's from the same torch seed, whatever tp is. Raises ValueError for ids of a dtype that is not an
+    integer's, ids outside the vocabulary (asserted on the device for CUDA ids), ids that differ between the ranks of tp (checked at each
+    call on CPU, where gloo would kill the process, and at the first one elsewhere), and for a vocabulary smaller than tp.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        tp: TensorParallel = None,
+        sequence_parallel: bool = False,
+        init: Init | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = as_axis(tp)
+        self.num_embeddings, self.embedding_dim, self.sequence_parallel = num_embeddings, embedding_dim, sequence_parallel
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim={embedding_dim} must be 1 or more: give the embedding some width")
+        self._checked = False
+        self.start, stop = split(num_embeddings, self.tp.size, what="num_embeddings")[self.tp.rank]
+        piece = Piece("weight", (num_embeddings, embedding_dim), (self.start, 0), (stop, embedding_dim))
+        weight = torch.empty(stop - self.start, embedding_dim, device=device, dtype=dtype)
+        self.weight = SpecParameter.of(weight, ParamSpec((piece,), init or standard_normal))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the full table from torch's generator, as nn.Embedding does, and keeps this rank's rows."""
+        draw(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        check_ids(ids, self.num_embeddings, "token ids")
+        if self.tp.size > 1 and (ids.device.type == "cpu" or not self._checked):
+            check_same_ids(ids, self.tp)
+            self._checked = True
+        if self.tp.size == 1 and getattr(self.weight, "main_grad", None) is None:
+            return F.embedding(ids, self.weight)
+        return run_eagerly(_VocabEmbedding, ids, self.weight, self.start, self.tp, self.sequence_parallel and self.tp.size > 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, start: int, axis: Axis, sharded: bool) -> Tensor:
+        index = ids - start
+        elsewhere = (index < 0) | (index >= weight.shape[0])
+        index = index.masked_fill(elsewhere, 0)
+        ctx.save_for_backward(index, elsewhere)
+        ctx.weight, ctx.axis, ctx.sharded = weight, axis, sharded
+        rows = F.embedding(index, weight).masked_fill_(elsewhere[..., None], 0.0)
+        if axis.size == 1:
+            return rows
+        return (start_reduce_scatter(rows, axis) if sharded else start_all_reduce(rows, axis)).wait()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None, None, None]:
+        index, elsewhere = ctx.saved_tensors
+        if ctx.sharded:
+            dy = start_all_gather(dy, ctx.axis).wait()[: index.shape[0]]
+        dy = dy.masked_fill(elsewhere[..., None], 0.0)
+        # Deterministic on every device, which index_add_ is not on CUDA.
+        dw = torch.ops.aten.embedding_dense_backward(dy, index, ctx.weight.shape[0], -1, False)
+        return None, grads.add(ctx.weight, dw), None, None, None
+
+
+def standard_normal(full: Tensor, generator: torch.Generator | None) -> None:
+    """nn.Embedding's initial table: N(0, 1)."""
+    full.normal_(generator=generator)
+
+
+@torch.compiler.disable
+def check_same_ids(ids: Tensor, axis: Axis) -> None:
+    """Raises the same ValueError on every rank unless all of them were given the same ids: each rank of tp needs the whole batch."""
+    digest = zlib.crc32(repr(tuple(ids.shape)).encode(), zlib.crc32(ids.cpu().contiguous().numpy().tobytes()))
+    digests = start_all_gather(torch.tensor([digest], device=ids.device), axis).wait()
+    if int(digests.min()) != int(digests.max()):
+        check_same({"shape": list(ids.shape), "crc32": digest}, axis, "token ids")
+
+
+def check_ids(ids: Tensor, size: int, what: str) -> None:
+    """Raises ValueError unless `ids` are integers in [0, size). An id that no rank holds would silently become a zero row."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{what} have dtype {ids.dtype} and must be int64 or int32: convert them with .long()")
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if ids.device.type != "cpu":
+        torch._assert_async((low >= 0) & (high < size), f"{what} must lie in [0, {size})")
+    elif int(low) < 0 or int(high) >= size:
+        wrong = int(low) if int(low) < 0 else int(high)
+        raise ValueError(f"{what} contain {wrong} and must lie in [0, {size}): check the tokenizer against the vocabulary size")

@@ -1,0 +1,49 @@
+"""The feed-forward half of a block: WG WU WD with SwiGLU (arXiv:2002.05202), or WU WD with GELU; the ffn features cut over tp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
+from megapar.mesh import TensorParallel, as_axis
+from megapar.ops.swiglu import swiglu
+from megapar.params import Init
+
+
+class MLP(nn.Module):
+    """x [t, hidden_size] to [t, hidden_size]; with `sequence_parallel` both are this rank's ceil(t / tp) tokens.
+
+    activation: "swiglu" (gate and up in one GEMM) or "gelu" (the tanh form, as in GPT-2).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        activation: str = "swiglu",
+        tp: TensorParallel = None,
+        bias: bool = False,
+        sequence_parallel: bool = False,
+        init: Init | None = None,
+        out_init: Init | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ("swiglu", "gelu"):
+            raise ValueError(f'activation="{activation}" is not known: use "swiglu" or "gelu"')
+        axis = as_axis(tp)
+        self.activation = activation
+        parts = [Shards(ffn_size, name=name) for name in (("gate", "up") if activation == "swiglu" else ("up",))]
+        common: dict[str, Any] = {"tp": axis, "bias": bias, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
+        self.expand = ColumnParallelLinear(hidden_size, parts, init=init, **common)
+        self.down = RowParallelLinear(ffn_size, hidden_size, init=out_init or init, **common)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(x)
+        return self.down(swiglu(y) if self.activation == "swiglu" else F.gelu(y, approximate="tanh"))

@@ -1,0 +1,61 @@
+"""What a decoder is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's sizes and style. The defaults of the style are Llama's; `gpt_style` gives GPT-2's."""
+
+    hidden_size: int = 256
+    """Width of the residual stream (h)."""
+    layers: int = 4
+    """Number of decoder blocks."""
+    heads: int = 8
+    """Query heads (n)."""
+    kv_heads: int | None = None
+    """Key/value heads, each shared by heads / kv_heads query heads; none: as many as query heads."""
+    head_size: int | None = None
+    """Width of a head (d); none: hidden_size / heads."""
+    ffn_size: int = 704
+    """Width of the feed-forward layer (f)."""
+    max_positions: int = 2048
+    """Longest sequence; sizes the table of learned positions."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """SwiGLU (gate, up, down) or GELU (up, down)."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary or learned positions."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    bias: bool = False
+    """Biases in the linear layers."""
+    tied_embeddings: bool = False
+    """The output projection is the embedding table."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; those that write to the residual stream get init_std / sqrt(2 layers)."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "ffn_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 1 or more: raise it")
+        if self.kv_heads is not None and self.kv_heads < 1:
+            raise ValueError(f"model.kv_heads={self.kv_heads} must be 1 or more, or left out for as many as heads={self.heads}: change it")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}: change one of them")
+        if self.head_size is None and self.hidden_size % self.heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads}: change one of them or give head_size"
+            )
+
+
+def gpt_style(**sizes: int) -> DecoderConfig:
+    """GPT-2's style: LayerNorm, learned positions, GELU, biases, tied embeddings, ffn_size 4 h unless given."""
+    sizes.setdefault("ffn_size", 4 * sizes.get("hidden_size", DecoderConfig.hidden_size))
+    return DecoderConfig(norm="layer", positions="learned", activation="gelu", bias=True, tied_embeddings=True, **sizes)

@@ -1,0 +1,1 @@
+"""What optimizers need to know about sharded parameters."""

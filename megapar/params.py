@@ -1,0 +1,187 @@
+"""What a parameter is: which logical tensors it holds, which box of each lives here, and how its gradient is to be treated.
+
+A *logical tensor* is a matrix or vector of the model as a single process would hold it: WQ, WK, WV, WG and WU are five of them even
+where one fused GEMM computes with three at once. Every rank's parameter is a stack, along dimension 0, of boxes of logical tensors.
+`ParamSpec` says so, and it is the only source for initial values, gradient sums, norms, decay groups, checkpoints and verification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapar.mesh import Axis
+
+Init = Callable[[Tensor, torch.Generator | None], None]
+"""Fills a full logical tensor (CPU, fp32) in place with draws from the generator (torch's default one if None)."""
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The box `[start, stop)` of one logical tensor of global `shape`.
+
+    `name` is relative to the module that holds the parameter (`weight`, `../q.weight`) until `named_specs` makes it global.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @staticmethod
+    def whole(name: str, shape: tuple[int, ...]) -> Piece:
+        return Piece(name, shape, (0,) * len(shape), shape)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Indexes the box in the full logical tensor."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Carried by a parameter (`SpecParameter`, `spec_of`).
+
+    pieces: what it holds, stacked along dimension 0; boxes of one logical tensor lie next to each other.
+    init: fills each logical tensor; None leaves the values to whoever made the parameter.
+    grad_sum: the axis over which its gradient is a partial sum (norm gains and row biases under sequence parallelism, KV heads that
+        several ranks share); None where each rank's gradient is complete.
+    owner: whether this rank's copy counts in norms and is saved; of several equal copies exactly one is owned.
+    decay: whether weight decay applies: to matrices, not to biases and gains.
+    """
+
+    pieces: tuple[Piece, ...]
+    init: Init | None = None
+    grad_sum: Axis | None = None
+    owner: bool = True
+    decay: bool = True
+
+    @property
+    def is_sharded(self) -> bool:
+        return not all(piece.is_whole for piece in self.pieces)
+
+    def views(self, local: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with its part of `local`, a tensor laid out as the parameter (the parameter, its gradient, a moment)."""
+        row = 0
+        for piece in self.pieces:
+            rows = piece.stop[0] - piece.start[0] if piece.shape else 0
+            yield piece, local.narrow(0, row, rows) if piece.shape else local
+            row += rows
+
+
+class SpecParameter(nn.Parameter):
+    """An nn.Parameter that carries its spec, also through copy.deepcopy (where attributes of a plain one are lost)."""
+
+    spec: ParamSpec
+
+    @staticmethod
+    def of(data: Tensor, spec: ParamSpec) -> SpecParameter:
+        param = SpecParameter(data)
+        param.spec = spec
+        return param
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpecParameter:
+        result: SpecParameter = super().__deepcopy__(memo)
+        result.spec = self.spec
+        return result
+
+
+def spec_of(param: Tensor) -> ParamSpec | None:
+    """The spec that `param` carries; None means a plain parameter: whole, and the same on all ranks."""
+    return getattr(param, "spec", None)
+
+
+def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
+    """(local name, parameter, spec with global names) of every parameter, shared ones once, under their first name."""
+    for name, param in model.named_parameters():
+        prefix, _, leaf = name.rpartition(".")
+        spec = spec_of(param) or ParamSpec((Piece.whole(leaf, tuple(param.shape)),), decay=param.dim() > 1)
+        pieces = tuple(replace(piece, name=_resolve(prefix, piece.name)) for piece in spec.pieces)
+        yield name, param, replace(spec, pieces=pieces)
+
+
+def initialize(model: nn.Module, seed: int, device: torch.device | str | None = None) -> None:
+    """Draws every parameter that has an `init` from a generator seeded by (seed, global name): the same model for any layout.
+
+    Parameters on `meta` are made on `device` first. One full logical tensor exists at a time. Raises ValueError for a parameter on
+    `meta` without an `init`.
+    """
+    for name, param, spec in named_specs(model):
+        if param.is_meta and spec.init is None:
+            raise ValueError(f"parameter {name} is on meta and has no initial values: build its module on a real device")
+    _materialize(model, torch.device(device or "cpu"))
+    for _, param, spec in named_specs(model):
+        _fill(param, spec, lambda logical: torch.Generator().manual_seed(seed_of(seed, logical)))
+
+
+def draw(layer: nn.Module) -> None:
+    """Draws the layer's own parameters from torch's default generator. Ranks with equal torch seeds get parts of one model."""
+    for param in layer.parameters(recurse=False):
+        spec = spec_of(param)
+        if spec is not None:
+            _fill(param, spec, lambda _: None)
+
+
+@torch.no_grad()
+def _fill(param: Tensor, spec: ParamSpec, generator_of: Callable[[str], torch.Generator | None]) -> None:
+    """Writes this rank's boxes of freshly drawn logical tensors into `param`."""
+    if spec.init is None or param.is_meta:
+        return
+    name, full = "", torch.empty(0)
+    for piece, view in spec.views(param):
+        if piece.name != name:
+            name, full = piece.name, torch.empty(piece.shape, dtype=torch.float32)
+            spec.init(full, generator_of(name))
+        view.copy_(full[piece.index])
+
+
+def seed_of(*words: object) -> int:
+    """A 63-bit seed that depends on nothing but `words`."""
+    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def split(size: int, parts: int, unit: int = 1, what: str = "size") -> list[Interval]:
+    """Cuts [0, size) into `parts` intervals at multiples of `unit`; the first ones take the extra units.
+
+    Raises ValueError when `size` is not a positive multiple of `unit`, or has fewer units than `parts`.
+    """
+    if size < 1 or unit < 1 or size % unit:
+        raise ValueError(f"{what}={size} must be a positive multiple of its unit {unit}: change one of them")
+    units = size // unit
+    if units < parts:
+        raise ValueError(f"{what}={size} has {units} units of {unit} and cannot be split over {parts} ranks: lower tp")
+    small, extra = divmod(units, parts)
+    edges = [unit * (i * small + min(i, extra)) for i in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+def _resolve(prefix: str, name: str) -> str:
+    """`../q.weight` beside module `layers.0.qkv` is `layers.0.q.weight`."""
+    return posixpath.normpath(f"/{prefix.replace('.', '/')}/{name}").strip("/").replace("/", ".")
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Replaces parameters on `meta` by uninitialised ones on `device`, keeping ties, specs and requires_grad."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None or not param.is_meta:
+                continue
+            if param not in made:
+                made[param] = type(param)(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+                made[param].__dict__.update(param.__dict__)
+            module._parameters[name] = made[param]
