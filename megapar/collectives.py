@@ -27,6 +27,10 @@ from torch import Tensor
 from megapar.mesh import Axis, ParallelMesh
 from megapar.params import Interval, spec_of
 
+# torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Pending:
     """A collective under way; `wait()` gives its result."""
@@ -48,7 +52,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Starts joining every rank's [c, ...] into [size * c, ...]."""
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return Pending(dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group, async_op=True), lambda: out)
+    return Pending(_all_gather(out, x.contiguous(), group=axis.group, async_op=True), lambda: out)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -63,7 +67,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     if x.device.type == "cuda":
         out = x.new_empty((c, *x.shape[1:]))
-        return Pending(dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True), lambda: out)
+        return Pending(_reduce_scatter(out, x, group=axis.group, async_op=True), lambda: out)
     parts = torch.empty_like(x)
     work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
     return Pending(work, lambda: _ordered_sum(parts.view(axis.size, c, *x.shape[1:])))
@@ -84,7 +88,7 @@ def all_gather_last(x: Tensor, axis: Axis, parts: Sequence[Interval]) -> Tensor:
     if x.shape[-1] < widest:
         sent[..., : x.shape[-1]] = x
     out = x.new_empty((axis.size, *sent.shape))
-    dist.all_gather_into_tensor(out.view(-1, widest), sent.view(-1, widest), group=axis.group)
+    _all_gather(out.view(-1, widest), sent.view(-1, widest), group=axis.group)
     return torch.cat([out[r, ..., : stop - start] for r, (start, stop) in enumerate(parts)], dim=-1)
 
 
@@ -247,14 +251,27 @@ def raise_together(error: Exception | None, axis: Axis) -> None:
 
 
 def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) -> list[int]:
-    """After a collective failed: the global ranks that no longer answer through the store. Empty if that cannot be told."""
+    """After a collective failed: the global ranks whose process is gone or, if all live, those that did not see it fail.
+
+    Empty if that cannot be told: the store is gone, or was not made by the mesh.
+    """
     if mesh.store is None:
         return []
-    mesh.store.set(f"megapar/alive/{mesh.world.rank}", "1")
-    missing: list[int] = []
+    try:
+        mesh.store.set("megapar/asked", "1")
+        mesh.store.set(f"megapar/failed/{mesh.world.rank}", "1")
+        # In this order: with gloo the dead rank's neighbours see the failure at once, and others wait for the group's timeout.
+        return _silent(mesh, mesh.store, "alive", wait) or _silent(mesh, mesh.store, "failed", wait)
+    except dist.DistNetworkError:
+        return []
+
+
+def _silent(mesh: ParallelMesh, store: dist.Store, sign: str, wait: timedelta) -> list[int]:
+    """The global ranks that have not given the sign within `wait`."""
+    silent: list[int] = []
     for rank in mesh.world.ranks:
         try:
-            mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if missing else wait)
-        except RuntimeError:
-            missing.append(rank)
-    return missing
+            store.wait([f"megapar/{sign}/{rank}"], timedelta(seconds=0.1) if silent else wait)
+        except dist.DistStoreError:
+            silent.append(rank)
+    return silent

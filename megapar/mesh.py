@@ -7,7 +7,9 @@ file runs in plain `python`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -124,6 +126,8 @@ class ParallelMesh:
     def close(self) -> None:
         """Leaves the world, if this mesh initialised it."""
         if self._owns_world and dist.is_initialized():
+            if self.store is not None:
+                self.store.set("megapar/asked", "1")  # ends the threads that wait for it
             dist.destroy_process_group()
             self._owns_world = False
 
@@ -133,6 +137,7 @@ class ParallelMesh:
         # The store outlives a broken process group: it is how the survivors learn which rank is gone (collectives.missing_ranks).
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         self.store = store
+        threading.Thread(target=_answer, args=(store.clone(), rank), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         prefixed = dist.PrefixStore("megapar", store)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
@@ -164,6 +169,13 @@ def data_parallel_size(world_size: int, *, tp: int, pp: int = 1) -> int:
             f"start {more} (torchrun --nproc-per-node {more}, or megapar train --nproc {more}) or lower tp or pp"
         )
     return world_size // (tp * pp)
+
+
+def _answer(store: dist.Store, rank: int) -> None:
+    """Says, when a rank asks, that this process lives, even while its main thread waits in a collective (`missing_ranks`)."""
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        store.wait(["megapar/asked"], timedelta(days=365))
+        store.set(f"megapar/alive/{rank}", "1")
 
 
 def _local_device() -> torch.device:

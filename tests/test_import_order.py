@@ -22,7 +22,7 @@ ORDER = [
     ["pipeline", "zero"],
     ["models", "objectives", "data"],
     ["training"],
-    ["planning", "integrations"],
+    ["planning", "integrations", "doctor"],
     ["cli"],
     ["__main__"],
 ]

@@ -23,7 +23,7 @@ class Sampler:
                 "give more text or lower data.sequence_length"
             )
         self._tokens = tokens
-        self._sequence_length = sequence_length
+        self.sequence_length = sequence_length
         self._seed = seed
         self._cached_epoch = -1
         self._cached_permutation = np.empty(0, dtype=np.int64)
@@ -31,7 +31,7 @@ class Sampler:
     @property
     def samples_per_epoch(self) -> int:
         """Return the number of samples in one epoch."""
-        return (len(self._tokens) - 1) // self._sequence_length
+        return (len(self._tokens) - 1) // self.sequence_length
 
     def batch(self, first: int, count: int) -> NDArray[np.int64]:
         """Return samples first .. first + count - 1 of the run, counted across epochs, as int64 `[count, s + 1]`.
@@ -49,8 +49,8 @@ class Sampler:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             slots[chosen] = self._permutation(int(epoch))[positions[chosen]]
-        offsets = np.arange(self._sequence_length + 1)
-        samples: NDArray[np.int64] = self._tokens[slots[:, None] * self._sequence_length + offsets].astype(np.int64)
+        offsets = np.arange(self.sequence_length + 1)
+        samples: NDArray[np.int64] = self._tokens[slots[:, None] * self.sequence_length + offsets].astype(np.int64)
         return samples
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:

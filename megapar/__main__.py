@@ -1,0 +1,7 @@
+"""`python -m megapar` is `megapar`."""
+
+import sys
+
+from megapar.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""The command line: megapar train | verify | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapar.doctor import doctor
+from megapar.mesh import ParallelMesh
+from megapar.training.config import load_config
+from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
+from megapar.training.loop import check_layout, make_mesh, train
+from megapar.training.report import report
+from megapar.training.verify import load_subject, verify
+from megapar.training.verify_decoder import verify_decoder
+from megapar.training.verify_table import print_cases
+
+HELP = """\
+megapar: Megatron-style model-parallel layers and training in PyTorch.
+
+  megapar train [CONFIG.toml] [--nproc N|auto] [--section.key value ...]
+      Pretrains a decoder on text. Starts N ranks itself (auto: one for each tensor-parallel rank), or runs
+      as a rank under torchrun. Every key of the config can be overridden; megapar train --help lists them.
+
+        megapar train configs/demo.toml --nproc auto
+        megapar train configs/demo.toml --nproc auto --corpus my_text/ --out runs/mine --save-every 100
+        megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume
+        torchrun --nproc-per-node 2 -m megapar train configs/demo.toml --tp 2
+
+  megapar verify [module:build] [--tp N] [--sequence-parallel]
+      Builds your model once alone and once in parallel from one seed, runs a step, and compares outputs, loss
+      and every raw gradient with the promised bounds. Without a model it proves megapar's own decoder.
+
+        megapar verify my_model:build --tp 2
+
+  megapar doctor
+      Versions, devices, instruction sets, which kernels are active and how to get what is missing.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    commands = {"train": _train, "verify": _verify, "doctor": _doctor}
+    if command in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if command not in commands:
+        print(f'megapar: "{command}" is not a command: use one of {", ".join(commands)}, or --help', file=sys.stderr)
+        return 2
+    try:
+        return commands[command](rest)
+    except ValueError as error:
+        return _refuse(error, 2)
+    except RuntimeError as error:
+        if "stopped answering" not in str(error):
+            raise
+        return _refuse(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(error: Exception, status: int) -> int:
+    """One sentence, and an end that does not wait for ranks which may be gone."""
+    rank = os.environ.get("RANK")
+    print(f"megapar: {error}" if rank is None else f"megapar: rank {rank}: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _train(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", default="1")
+    known, rest = parser.parse_known_args(arguments)
+    path = Path(rest[0]) if rest and not rest[0].startswith("-") else None
+    config = load_config(path, rest[1:] if path else rest)
+    if not _under_torchrun():
+        ranks = ranks_wanted(known.nproc, config.parallel.tp, config.parallel.device)
+        check_layout(config, ranks)
+        if ranks > 1:
+            return launch(["train", *rest], ranks)
+    mesh = make_mesh(config)
+    trained = train(config, mesh)
+    summary = report(trained, config, mesh)
+    if mesh.world.rank == 0:
+        print(summary, flush=True)
+    mesh.close()
+    return INTERRUPTED if trained.interrupted else 0
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="megapar verify", description="Proves that a model in parallel is the model alone.")
+    parser.add_argument("target", nargs="?", help="module:build, a function that returns your model; none: megapar's own decoder")
+    parser.add_argument("--tp", type=int, default=2, help="ranks that share each layer (default: 2)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="pass sequence_parallel=True to build")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compare (default: cpu, where fp64 is at home)")
+    asked = parser.parse_args(arguments)
+    if asked.tp < 2:
+        raise ValueError(f"--tp {asked.tp} leaves nothing to compare: give 2 or more")
+    if not _under_torchrun():
+        return launch(["verify", *arguments], ranks_wanted("auto", asked.tp, asked.device))
+    subject = load_subject(asked.target, asked.sequence_parallel) if asked.target else None
+    mesh = ParallelMesh(tp=asked.tp, device=asked.device if asked.device == "cpu" else None)
+    cases = verify_decoder(mesh) if subject is None else {asked.target: verify(subject, mesh)}
+    if mesh.world.rank == 0:
+        print_cases(cases, f"tp={asked.tp}", each=subject is not None)
+    mesh.close()
+    return 0 if all(check.passed for checks in cases.values() for check in checks) else 1
+
+
+def _doctor(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="megapar doctor", description="What this installation can do.").parse_args(arguments)
+    print(doctor())
+    return 0

@@ -1,0 +1,47 @@
+"""Text from a decoder: greedy, or top-p sampling (arXiv:1904.09751). Every rank of tp draws the same tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megapar.collectives import all_gather_last
+from megapar.models.decoder import Decoder
+from megapar.params import split
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompt: Tensor, new_tokens: int, *, top_p: float = 1.0, temperature: float = 1.0, window: int = 256, seed: int = 0
+) -> Tensor:
+    """prompt int64 [b, s] to [b, s + new_tokens]; `temperature=0` takes the likeliest token.
+
+    The model sees the last `window` tokens; nothing is cached between tokens. Raises ValueError for an empty prompt, top_p outside
+    (0, 1] and a negative temperature.
+    """
+    if prompt.dim() != 2 or prompt.numel() == 0:
+        raise ValueError(f"the prompt has shape {tuple(prompt.shape)} and must be [b, s] with a token or more: give it some text")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]: 1 samples from all tokens")
+    if temperature < 0.0:
+        raise ValueError(f"temperature={temperature} must be 0 or more: 0 takes the likeliest token")
+    parts = split(model.vocab_size, model.tp.size)
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    tokens = prompt
+    for _ in range(new_tokens):
+        seen = tokens[:, -window:]
+        logits = model(seen).view(seen.shape[0], seen.shape[1], -1)[:, -1]
+        # Gathered logits are the same bits on every rank, so equal generators draw equal tokens.
+        full = logits if model.tp.size == 1 else all_gather_last(logits, model.tp, parts)
+        tokens = torch.cat([tokens, choose(full.float(), top_p, temperature, generator)], dim=1)
+    return tokens
+
+
+def choose(logits: Tensor, top_p: float, temperature: float, generator: torch.Generator) -> Tensor:
+    """logits [b, v] to one token each, int64 [b, 1]: drawn from the likeliest tokens that together reach probability top_p."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    probability, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    before = probability.cumsum(-1) - probability
+    drawn = torch.multinomial(probability.masked_fill(before >= top_p, 0.0), 1, generator=generator)
+    return order.gather(-1, drawn)

@@ -1,0 +1,1 @@
+"""Pretraining: config, loop, checkpoints, metrics, and the proof that parallel equals alone."""

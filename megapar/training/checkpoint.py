@@ -1,0 +1,185 @@
+"""Checkpoints: safetensors files, one a rank, and a JSON manifest that says which box of which logical tensor lies where.
+
+A folder either loads whole or is refused with the name of the bad file: files are written under a temporary name, flushed, synced to
+disk and hashed; the manifest, written last, holds the hashes and one of itself; then the folder is renamed. Because boxes are those of
+logical tensors (`params.ParamSpec`), a checkpoint does not know the layout that wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megapar.collectives import gather_json, raise_together
+from megapar.mesh import ParallelMesh
+from megapar.params import Piece, named_specs
+
+FORMAT = "megapar-checkpoint-1"
+MANIFEST = "manifest.json"
+
+Values = Mapping[str, Mapping[nn.Parameter, Tensor]]
+"""By kind (`weight`, `exp_avg`, ...), a tensor laid out like each parameter."""
+
+
+def save_checkpoint(folder: Path, model: nn.Module, values: Values, state: Mapping[str, Any], mesh: ParallelMesh) -> None:
+    """Writes `values` and the JSON-able `state`; returns, on every rank, when the folder is complete under its name.
+
+    Raises the same error on every rank, leaving nothing under the name, when a rank cannot write or the folder exists.
+    """
+    partial = folder.with_name(folder.name + ".tmp")
+    error: Exception | None = None
+    if mesh.world.rank == 0:
+        if folder.exists():
+            error = ValueError(f"{folder} exists and checkpoints are never overwritten: choose another folder")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            error = _attempt(lambda: partial.mkdir(parents=True))
+    raise_together(error, mesh.world)
+    written: list[dict[str, Any]] = []
+    error = _attempt(lambda: written.append(_write_rank(partial, model, values, mesh.world.rank)))
+    raise_together(error, mesh.world)
+    ranks = gather_json(written[0], mesh.world)
+    if mesh.world.rank == 0:
+        error = _attempt(lambda: _commit(partial, folder, ranks, state))
+    raise_together(error, mesh.world)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, values: Values, mesh: ParallelMesh) -> dict[str, Any]:
+    """Fills `values` in place from the folder, whatever layout wrote it, and returns its state.
+
+    Raises ValueError on every rank, naming the file or tensor, when anything is missing, cut short, edited or of another shape.
+    """
+    state: dict[str, Any] = {}
+    error = _attempt(lambda: state.update(_read(folder, model, values)))
+    raise_together(error, mesh.world)
+    return state
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint `step-N` with the largest N in `folder`."""
+    steps = [(int(m[1]), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := re.fullmatch(r"step-(\d+)", p.name))]
+    return max(steps)[1] if steps else None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after checking it and the hash of every file it names."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is missing, cut short or not a manifest ({error}): use another checkpoint") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')} and this version reads {FORMAT}: use the version that wrote it")
+    if digest != _digest(manifest):
+        raise ValueError(f"{path} was edited, its sha256 does not match: use another checkpoint")
+    for name, told in manifest["files"].items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{file} is missing from the checkpoint: use another one")
+        if file.stat().st_size != told["bytes"] or _sha256(file) != told["sha256"]:
+            raise ValueError(f"{file} was cut short or edited, its size or sha256 does not match: use another checkpoint")
+    return dict(manifest)
+
+
+def _attempt(work: Any) -> Exception | None:
+    """What a rank cannot do alone must be told to the others, or they wait in the next collective."""
+    try:
+        work()
+    except (OSError, ValueError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _pieces(model: nn.Module, values: Values) -> Iterator[tuple[str, Piece, Tensor, bool]]:
+    """(kind, piece, this rank's part, owned) of everything that is saved."""
+    for _, param, spec in named_specs(model):
+        for kind, tensors in values.items():
+            if param in tensors:
+                for piece, view in spec.views(tensors[param]):
+                    yield kind, piece, view, spec.owner
+
+
+def _write_rank(folder: Path, model: nn.Module, values: Values, rank: int) -> dict[str, Any]:
+    file = f"rank-{rank:05d}.safetensors"
+    tensors, entries = {}, []
+    for kind, piece, view, owned in _pieces(model, values):
+        if owned:
+            key = f"{kind}/{piece.name}@{','.join(map(str, piece.start))}"
+            tensors[key] = view.detach().cpu().contiguous()
+            box = {"shape": piece.shape, "start": piece.start, "stop": piece.stop, "dtype": str(view.dtype).removeprefix("torch.")}
+            entries.append({"kind": kind, "name": piece.name, "file": file, "key": key, **box})
+    save_file(tensors, folder / file)
+    _sync(folder / file)
+    return {"entries": entries, "files": {file: {"bytes": (folder / file).stat().st_size, "sha256": _sha256(folder / file)}}}
+
+
+def _commit(partial: Path, folder: Path, ranks: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
+    files = {name: told for rank in ranks for name, told in rank["files"].items()}
+    manifest = {"format": FORMAT, "state": dict(state), "files": files, "tensors": [e for rank in ranks for e in rank["entries"]]}
+    with open(partial / MANIFEST, "w", encoding="utf-8") as out:
+        json.dump({**manifest, "sha256": _digest(manifest)}, out)
+    _sync(partial / MANIFEST)
+    _sync(partial)
+    os.rename(partial, folder)
+    _sync(folder.parent)
+
+
+def _read(folder: Path, model: nn.Module, values: Values) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in manifest["tensors"]:
+        boxes.setdefault((entry["kind"], entry["name"]), []).append(entry)
+    with torch.no_grad():
+        for kind, piece, view, _ in _pieces(model, values):
+            _fill(folder, piece, view, kind, boxes.get((kind, piece.name), []))
+    return dict(manifest["state"])
+
+
+def _fill(folder: Path, piece: Piece, view: Tensor, kind: str, boxes: list[dict[str, Any]]) -> None:
+    """Copies into this rank's box what each stored box has in common with it."""
+    filled = 0
+    for box in boxes:
+        if tuple(box["shape"]) != piece.shape:
+            shapes = f"of shape {box['shape']} and the model has {list(piece.shape)}"
+            raise ValueError(f"{folder} holds {kind} {piece.name} {shapes}: check the config")
+        low = [max(a, b) for a, b in zip(piece.start, box["start"], strict=True)]
+        high = [min(a, b) for a, b in zip(piece.stop, box["stop"], strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, box["start"], strict=True))
+        target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.start, strict=True))
+        with safe_open(folder / box["file"], framework="pt") as stored:
+            part = stored.get_slice(box["key"])[source]
+        view[target].copy_(part)
+        filled += part.numel()
+    if filled != view.numel():
+        raise ValueError(f"{folder} holds {filled} of the {view.numel()} elements needed of {kind} {piece.name}: it is another model's")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

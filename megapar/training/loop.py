@@ -1,0 +1,213 @@
+"""The training loop: samples in, checkpoints and metrics out; the same on every rank, rank 0 talks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapar.collectives import check_same, missing_ranks
+from megapar.layers.attention import split_heads
+from megapar.mesh import ParallelMesh, data_parallel_size
+from megapar.models.decoder import Decoder
+from megapar.objectives.causal_lm import causal_lm_loss
+from megapar.params import split
+from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from megapar.training.config import Config, to_dict
+from megapar.training.lr import learning_rate
+from megapar.training.metrics import MetricsFile, RunProgress
+from megapar.training.step import TrainStep
+from megapar.training.text import Text, load_text_together
+
+# What may differ between a run and the one that it resumes.
+FREE_TO_CHANGE = {"run": {"resume", "out", "eval_every", "save_every", "sample_tokens", "prompt"}, "parallel": {"timeout"}}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run ended."""
+
+    model: Decoder
+    text: Text
+    step: int
+    interrupted: bool
+    held_out_loss: float | None
+    out: Path
+
+
+def train(config: Config, mesh: ParallelMesh) -> Trained:
+    """Runs the config to its end, or until a rank is interrupted.
+
+    Raises ValueError, the same on every rank, before training starts for whatever is wrong with the config, the corpus or a checkpoint;
+    RuntimeError naming the rank when one stops answering.
+    """
+    check_layout(config, mesh.world.size)
+    check_same(_fixed(to_dict(config)), mesh.world, "the config")
+    text = load_text_together(config.data, config.run.seed, mesh)
+    vocab_size = text.tokenizer.vocab_size
+    model = Decoder(config.model, vocab_size, mesh, sequence_parallel=config.parallel.sequence_parallel, seed=config.run.seed)
+    step = TrainStep(model, config.optimizer, mesh)
+    run = _Run(config, mesh, text, model, step)
+    with _interrupts() as interrupted, _named_failures(mesh):
+        return run.go(interrupted)
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raises ValueError unless the model can be cut over the config's ranks and they are `world_size`. Needs no process group."""
+    model, tp = config.model, config.parallel.tp
+    if data_parallel_size(world_size, tp=tp) > 1:
+        raise ValueError(f"the world has {world_size} ranks and parallel.tp={tp} uses {tp} of them: start {tp}, or raise --tp")
+    split_heads(model.heads, model.kv_heads or model.heads, tp)
+    split(model.ffn_size, tp, what="model.ffn_size")
+
+
+def make_mesh(config: Config) -> ParallelMesh:
+    """The mesh that the config asks for: on GPUs, or on the CPU where there are none or it says so."""
+    device = "cpu" if config.parallel.device == "cpu" else None
+    return ParallelMesh(tp=config.parallel.tp, device=device, timeout=timedelta(seconds=config.parallel.timeout))
+
+
+def evaluate(model: Decoder, text: Text, batch: int) -> float:
+    """Mean loss over every held-out target, nats a token."""
+    inputs, targets = text.held_out_samples()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(inputs), batch):
+            loss, counted = causal_lm_loss(model, inputs[i : i + batch].to(device), targets[i : i + batch].to(device))
+            total, count = total + float(loss), count + counted
+    return total / count
+
+
+class _Run:
+    """The state of `train`."""
+
+    def __init__(self, config: Config, mesh: ParallelMesh, text: Text, model: Decoder, step: TrainStep) -> None:
+        self.config, self.mesh, self.text, self.model, self.train_step = config, mesh, text, model, step
+        self.out = Path(config.run.out)
+        self.first = self._resume() if config.run.resume else 0
+        self.metrics: MetricsFile | None = None
+        self.progress: RunProgress | None = None
+        if mesh.world.rank == 0:
+            self.metrics = MetricsFile(self.out / "metrics.jsonl", self.first)
+            (self.out / "config.json").write_text(json.dumps(to_dict(config), indent=2), encoding="utf-8")
+            self.progress = RunProgress(config.run.steps, self.first)
+            self.progress.say(text.description)
+            parameters = sum(p.numel() for p in model.parameters())
+            self.progress.say(f"{mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
+            if self.first:
+                self.progress.say(f"resumed at step {self.first}")
+
+    def go(self, interrupted: list[bool]) -> Trained:
+        run, done, stopped, loss = self.config.run, self.first, False, None
+        try:
+            for done in range(self.first + 1, run.steps + 1):
+                stopped = self._step(done, bool(interrupted))
+                last = stopped or done == run.steps
+                if run.save_every and (done % run.save_every == 0 or last):
+                    self.save(done)
+                if last:
+                    break
+                if run.eval_every and done % run.eval_every == 0:
+                    self._evaluate(done)
+            loss = None if stopped else self._evaluate(done)
+        finally:
+            if self.metrics is not None and self.progress is not None:
+                self.metrics.close()
+                self.progress.close()
+        return Trained(self.model, self.text, done, stopped, loss, self.out)
+
+    def _step(self, done: int, stop: bool) -> bool:
+        """Trains step `done` (1 to steps); whether any rank wants to stop."""
+        run, start = self.config.run, time.perf_counter()
+        first = (done - 1) * run.batch_size
+        for i in range(first, first + run.batch_size, run.micro_batch_size):
+            self.train_step.accumulate(*self.text.samples(i, run.micro_batch_size))
+        rate = self.config.optimizer
+        lr = learning_rate(done - 1, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
+        result = self.train_step.update(lr, stop)
+        seconds = time.perf_counter() - start
+        if self.metrics is not None and self.progress is not None:
+            rest = {"tokens": result.tokens, "tokens_per_second": result.tokens / seconds, "seconds": seconds}
+            record = {"step": done, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, **rest}
+            self.metrics.log(record)
+            self.progress.step(record, (run.steps - done) * seconds)
+        return result.stop
+
+    def _evaluate(self, done: int) -> float:
+        loss = evaluate(self.model, self.text, self.config.run.micro_batch_size)
+        if self.metrics is not None and self.progress is not None:
+            self.metrics.log({"step": done, "held_out_loss": loss})
+            self.progress.say(f"step {done}  held-out loss {loss:.4f} nats a token")
+        return loss
+
+    def save(self, done: int) -> None:
+        state = {"step": done, "config": to_dict(self.config), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
+        save_checkpoint(self.out / "checkpoints" / f"step-{done:08d}", self.model, self.train_step.tensors(), state, self.mesh)
+
+    def _resume(self) -> int:
+        """Loads the newest checkpoint; the number of steps it has seen."""
+        folder = newest_checkpoint(self.out / "checkpoints")
+        check_same(None if folder is None else folder.name, self.mesh.world, "the newest checkpoint")
+        if folder is None:
+            raise ValueError(f"{self.out / 'checkpoints'} holds no checkpoint to resume from: leave --resume out, or check run.out")
+        state = load_checkpoint(folder, self.model, self.train_step.tensors(), self.mesh)
+        here = {"config": _fixed(to_dict(self.config)), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
+        there = {"config": _fixed(state["config"]), "corpus": state["corpus"], "tokenizer": state["tokenizer"]}
+        for name, told in _flat(json.loads(json.dumps(here))).items():
+            saved = _flat(there).get(name)
+            if saved != told:
+                raise ValueError(f"{name.removeprefix('config.')} is {told} and was {saved} in {folder}: a resumed run must keep it")
+        self.train_step.set_applied_steps(state["step"])
+        return int(state["step"])
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what a resumed run may change."""
+    return {section: {k: v for k, v in values.items() if k not in FREE_TO_CHANGE.get(section, ())} for section, values in config.items()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[bool]]:
+    """A list that Ctrl-C or SIGTERM makes non-empty: the step under way ends first, on all ranks. A second Ctrl-C does not wait."""
+    asked: list[bool] = []
+
+    def handle(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _named_failures(mesh: ParallelMesh) -> Iterator[None]:
+    """Turns a collective's failure into the name of the rank that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        missing = missing_ranks(mesh) if mesh.world.size > 1 else []
+        if not missing:
+            raise
+        names = ", ".join(map(str, missing))
+        raise RuntimeError(f"rank {names} stopped answering: it died or hangs, see its output, then start again with --resume") from error

@@ -1,0 +1,99 @@
+"""What a finished run leaves behind: the model, a loss curve, a sample of text, and a summary against n-gram baselines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megapar.data.baselines import bigram_loss, unigram_loss
+from megapar.mesh import ParallelMesh
+from megapar.models.generate import generate
+from megapar.training.checkpoint import save_checkpoint
+from megapar.training.config import Config, to_dict
+from megapar.training.loop import Trained
+from megapar.training.metrics import read_metrics
+
+Baselines = dict[str, float]
+
+
+def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
+    """Writes the run's results to its folder and returns the summary that the user reads. Called on every rank."""
+    out, run = trained.out, config.run
+    if trained.interrupted:
+        saved = "its checkpoint is saved, --resume goes on from it" if run.save_every else "no checkpoint was asked for (--save-every)"
+        return f"stopped at step {trained.step} of {run.steps}; metrics are in {out / 'metrics.jsonl'}; {saved}"
+    model = _save_model(trained, config, mesh)
+    text = trained.text
+    prompt = torch.tensor([text.tokenizer.encode(run.prompt) or [text.tokenizer.end_of_text]], device=mesh.device)
+    tokens = generate(trained.model, prompt, run.sample_tokens, top_p=0.9, window=config.data.sequence_length, seed=run.seed)
+    sample = text.tokenizer.decode(tokens[0].tolist())
+    if mesh.world.rank != 0:
+        return ""
+    size = text.tokenizer.vocab_size
+    baselines = {"unigram": unigram_loss(text.train, text.held_out, size), "bigram": bigram_loss(text.train, text.held_out, size)}
+    (out / "sample.txt").write_text(sample, encoding="utf-8")
+    plot_loss(out / "metrics.jsonl", out / "loss.png", baselines)
+    summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    lines = [
+        "",
+        f"held-out loss {trained.held_out_loss:.4f} nats a token over {len(text.held_out) - 1:,} tokens",
+        f"   unigram    {baselines['unigram']:.4f} on the same tokens",
+        f"   bigram     {baselines['bigram']:.4f}",
+        "",
+        "sample:",
+        *("   " + line for line in sample.splitlines()),
+        "",
+        f"model {model}",
+        f"loss curve {out / 'loss.png'}, metrics {out / 'metrics.jsonl'}, sample {out / 'sample.txt'}, config {out / 'config.json'}",
+    ]
+    return "\n".join(lines)
+
+
+def _save_model(trained: Trained, config: Config, mesh: ParallelMesh) -> Path:
+    """Weights, config and tokenizer in a folder of their own; a run that is repeated into the same folder gets the next free name."""
+    base = trained.out / "model"
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"model-{number}")
+    weights = {"weight": {p: p for p in trained.model.parameters()}}
+    save_checkpoint(folder, trained.model, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
+    if mesh.world.rank == 0:
+        trained.text.tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def plot_loss(metrics: Path, picture: Path, baselines: Baselines) -> None:
+    """A PNG of the training loss, its running mean, the held-out loss and the baselines, in nats a token over steps."""
+    records = read_metrics(metrics)
+    trained = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held_out = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [s for s, _ in trained]
+    axes.plot(steps, [loss for _, loss in trained], color="C0", alpha=0.3, linewidth=0.8, label="training, each step")
+    axes.plot(steps, _running_mean([loss for _, loss in trained]), color="C0", label="training, running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held out")
+    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
+        axes.axhline(value, color="0.4", linestyle=style, label=f"{name} {value:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def _running_mean(values: list[float], keep: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    mean, weight, means = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight)
+    return means
