@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -13,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -41,8 +42,6 @@ def start(world: int, fn: Callable[..., Any], *args: Any, backend: str = "gloo",
     backend "fake" gives one process that believes it is rank 0 of `world`, with collectives that move nothing.
     """
     context = multiprocessing.get_context("spawn")
-    # Read when torch is loaded: the profiler and the CPU allocator otherwise write a line for each count.
-    os.environ.update(KINETO_LOG_LEVEL="5", TORCH_CPP_LOG_LEVEL="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(1 if backend == "fake" else world):
@@ -115,24 +114,25 @@ class Contender:
 
 
 def interleaved(contenders: Sequence[Contender], draw: Callable[[int], Any], *, repeats: int, inner: int, warmup: int = 2) -> Tensor:
-    """Seconds a step, [repeats, contenders], of the slowest rank. Each repeat runs all of them on inputs `draw(repeat)`.
+    """Seconds a step, [2, repeats, contenders]: wall and CPU (of all threads), of the slowest rank.
 
-    The order rotates from repeat to repeat; a measurement is `inner` steps after a barrier, without garbage collection.
+    Each repeat runs all contenders on inputs `draw(repeat)`, in an order that rotates from repeat to repeat; a measurement is `inner`
+    steps after a barrier, without garbage collection.
     """
-    seconds = torch.zeros(repeats, len(contenders), dtype=torch.float64)
+    seconds = torch.zeros(2, repeats, len(contenders), dtype=torch.float64)
     for repeat in range(-warmup, repeats):
         data = draw(repeat)
         for i in range(len(contenders)):
             at = (i + repeat) % len(contenders)
             took = _measure(contenders[at], data, inner)
             if repeat >= 0:
-                seconds[repeat, at] = took
+                seconds[:, repeat, at] = took
     if dist.get_world_size() > 1 and dist.get_backend() != "fake":
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return seconds
 
 
-def _measure(contender: Contender, data: Any, inner: int) -> float:
+def _measure(contender: Contender, data: Any, inner: int) -> Tensor:
     runs = not contender.one_rank_threads or dist.get_rank() == 0
     inputs = contender.prepare(data) if runs else None
     if contender.one_rank_threads:
@@ -140,10 +140,10 @@ def _measure(contender: Contender, data: Any, inner: int) -> float:
     gc.collect()
     gc.disable()
     dist.barrier()
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     for _ in range(inner if runs else 0):
         contender.step(inputs)
-    took = (time.perf_counter() - begin) / inner
+    took = torch.tensor([time.perf_counter() - begin, time.process_time() - begin_cpu], dtype=torch.float64) / inner
     dist.barrier()
     gc.enable()
     torch.set_num_threads(1)
@@ -151,7 +151,7 @@ def _measure(contender: Contender, data: Any, inner: int) -> float:
 
 
 def ratio(seconds: Tensor, names: Sequence[str], top: str, bottom: str) -> float:
-    """Median over the repeats of top / bottom, each taken within one repeat."""
+    """Median over the repeats of top / bottom, each taken within one repeat; seconds [repeats, contenders]."""
     return float((seconds[:, names.index(top)] / seconds[:, names.index(bottom)]).median())
 
 
@@ -216,12 +216,25 @@ def count(contender: Contender, data: Any) -> Counts:
     with _Counter() as counter:
         contender.step(inputs)
     inputs = contender.prepare(data)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         contender.step(inputs)
     results: Any = profiled.profiler
     events = results.kineto_results.events()
     counter.counts.allocations = sum(e.name() == "[memory]" and e.nbytes() > 0 for e in events)
     return counter.counts
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without standard error, where the profiler writes a line at each start and stop."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 @dataclass

@@ -3,9 +3,9 @@
     python -m benchmarks.overhead
 
 16 tokens (b=2, s=8), width 64, 4 heads, ffn 128, fp32, one thread a rank. Three tables: one rank; two ranks over gloo; two ranks without
-the wire, where torch's "fake" process group makes every collective free, so that what is left is the host's own work, which a GPU waits for.
+the wire, where torch's "fake" process group makes every collective free: what is left is the host's own work, which a GPU waits for.
 
-us           microseconds of the slowest rank, median of the repeats
+us, cpu us   microseconds of the slowest rank, median of the repeats: wall, and CPU time of all its threads
 x plain, x DTensor, x limit   median of the ratios taken within each repeat
 ops          aten ops below autograd; kernels: those a GPU would launch (no views, no empty)
 allocations  blocks asked from the CPU allocator
@@ -164,8 +164,8 @@ def errors(found: Sequence[Contender], sizes: Sizes) -> dict[str, float]:
     return {c.name: c.extra["error"](data) for c in found[1:] if "error" in c.extra}
 
 
-def measure(sizes: Sizes, repeats: int, inner: int, wire: bool) -> tuple[list[str], list[list[float]], list[Counts]]:
-    """In one rank: (names, seconds by repeat and contender, counts)."""
+def measure(sizes: Sizes, repeats: int, inner: int, wire: bool) -> tuple[list[str], list[list[list[float]]], list[Counts]]:
+    """In one rank: (names, seconds as `interleaved` has them, counts)."""
     found = contenders(sizes, wire)
     if wire:
         for name, error in errors(found, sizes).items():
@@ -177,20 +177,22 @@ def measure(sizes: Sizes, repeats: int, inner: int, wire: bool) -> tuple[list[st
 
 def grid(title: str, names: list[str], seconds: Tensor, counts: list[Counts]) -> Grid:
     """The table of one launch."""
+    wall, cpu = seconds
     bases = [("x plain", PLAIN), ("x DTensor", DTENSOR)] + ([("x limit", LIMIT)] if LIMIT in names else [])
     rows = []
     for i, (name, c) in enumerate(zip(names, counts, strict=True)):
-        ratios = [f"{ratio(seconds, names, name, base):.2f}" for _, base in bases]
+        times = [f"{1e6 * float(t[:, i].median()):.0f}" for t in (wall, cpu)]
+        ratios = [f"{ratio(wall, names, name, base):.2f}" for _, base in bases]
         numbers = [c.ops, c.kernels, c.allocations, c.collectives, c.sent]
-        rows.append([name, f"{1e6 * float(seconds[:, i].median()):.0f}", *ratios, *map(str, numbers)])
-    return Grid(title, ["one block, forward + backward", "us", *(label for label, _ in bases), *COUNTED], rows)
+        rows.append([name, *times, *ratios, *map(str, numbers)])
+    return Grid(title, ["one block, forward + backward", "us", "cpu us", *(label for label, _ in bases), *COUNTED], rows)
 
 
 def verdicts(launches: dict[str, tuple[list[str], Tensor]]) -> list[Verdict]:
     """The bars, on launches "tp=1", "tp=2" and "tp=2, no wire"."""
     found = []
     for key in ("tp=1", "tp=2", "tp=2, no wire"):
-        names, seconds = launches[key]
+        names, (seconds, _) = launches[key]
         if key == "tp=1":
             found.append(Verdict(f"{key}: {OURS} / {PLAIN}", ratio(seconds, names, OURS, PLAIN), at_most=1.2))
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
@@ -129,6 +130,9 @@ def with_dtensor(model: Llama | Block, mesh: DeviceMesh, sequence_parallel: bool
         parallelize_module(block, mesh, block_plan)
         if compiled:
             block.compile(fullgraph=True)
+    if compiled and isinstance(model, Llama):
+        # torch 2.13's AOTAutograd loses the gradient's type when the first compiled block is given a collective under way.
+        model.tok_embeddings.register_forward_hook(lambda _, __, out: out.wait() if isinstance(out, AsyncCollectiveTensor) else out)
     return model
 
 

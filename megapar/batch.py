@@ -53,6 +53,11 @@ class TokenBatch:
         """Number of tokens."""
         return self.b * self.s
 
+    def unpad(self, x: Tensor) -> Tensor:
+        """[t or more, ...] to [t, ...]: drops the rows that sequence parallelism pads the tokens with."""
+        # Not x[: t] alone: the backward of a slice that keeps everything copies the whole gradient into zeros.
+        return x if x.shape[0] == self.t else x[: self.t]
+
     @property
     def is_causal(self) -> bool:
         """Whether the mask is plain causal within each sequence."""

@@ -12,8 +12,9 @@ from megapar.doctor import doctor
 from megapar.mesh import ParallelMesh
 from megapar.training.config import load_config
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
-from megapar.training.loop import check_layout, make_mesh, train
+from megapar.training.loop import check_layout, make_mesh, named_failures, train
 from megapar.training.report import report
+from megapar.training.text import load_text
 from megapar.training.verify import load_subject, verify
 from megapar.training.verify_decoder import verify_decoder
 from megapar.training.verify_table import print_cases
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _refuse(error, 2)
     except RuntimeError as error:
         if "stopped answering" not in str(error):
@@ -84,10 +85,13 @@ def _train(arguments: list[str]) -> int:
         ranks = ranks_wanted(known.nproc, config.parallel.tp, config.parallel.device)
         check_layout(config, ranks)
         if ranks > 1:
+            # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.
+            load_text(config.data, config.run.seed).tokenizer.encode(config.run.prompt)
             return launch(["train", *rest], ranks)
     mesh = make_mesh(config)
     trained = train(config, mesh)
-    summary = report(trained, config, mesh)
+    with named_failures(mesh):
+        summary = report(trained, config, mesh)
     if mesh.world.rank == 0:
         print(summary, flush=True)
     mesh.close()
@@ -107,7 +111,8 @@ def _verify(arguments: list[str]) -> int:
         return launch(["verify", *arguments], ranks_wanted("auto", asked.tp, asked.device))
     subject = load_subject(asked.target, asked.sequence_parallel) if asked.target else None
     mesh = ParallelMesh(tp=asked.tp, device=asked.device if asked.device == "cpu" else None)
-    cases = verify_decoder(mesh) if subject is None else {asked.target: verify(subject, mesh)}
+    with named_failures(mesh):
+        cases = verify_decoder(mesh) if subject is None else {asked.target: verify(subject, mesh)}
     if mesh.world.rank == 0:
         print_cases(cases, f"tp={asked.tp}", each=subject is not None)
     mesh.close()

@@ -44,15 +44,22 @@ class Pending:
         return self._finish()
 
 
+def _group(axis: Axis) -> dist.ProcessGroup:
+    # torch takes None for the whole world (test_collectives.py::test_layout_axis_cannot_communicate).
+    if axis.group is None:
+        raise ValueError(f"axis {axis.name} of size {axis.size} only describes a layout: take the axis of a ParallelMesh to communicate")
+    return axis.group
+
+
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     """Starts summing `x`, contiguous, in place over the axis."""
-    return Pending(dist.all_reduce(x, group=axis.group, async_op=True), lambda: x)
+    return Pending(dist.all_reduce(x, group=_group(axis), async_op=True), lambda: x)
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Starts joining every rank's [c, ...] into [size * c, ...]."""
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return Pending(_all_gather(out, x.contiguous(), group=axis.group, async_op=True), lambda: out)
+    return Pending(_all_gather(out, x.contiguous(), group=_group(axis), async_op=True), lambda: out)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -67,9 +74,9 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     if x.device.type == "cuda":
         out = x.new_empty((c, *x.shape[1:]))
-        return Pending(_reduce_scatter(out, x, group=axis.group, async_op=True), lambda: out)
+        return Pending(_reduce_scatter(out, x, group=_group(axis), async_op=True), lambda: out)
     parts = torch.empty_like(x)
-    work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
+    work = dist.all_to_all_single(parts, x, group=_group(axis), async_op=True)
     return Pending(work, lambda: _ordered_sum(parts.view(axis.size, c, *x.shape[1:])))
 
 
@@ -88,7 +95,7 @@ def all_gather_last(x: Tensor, axis: Axis, parts: Sequence[Interval]) -> Tensor:
     if x.shape[-1] < widest:
         sent[..., : x.shape[-1]] = x
     out = x.new_empty((axis.size, *sent.shape))
-    _all_gather(out.view(-1, widest), sent.view(-1, widest), group=axis.group)
+    _all_gather(out.view(-1, widest), sent.view(-1, widest), group=_group(axis))
     return torch.cat([out[r, ..., : stop - start] for r, (start, stop) in enumerate(parts)], dim=-1)
 
 
@@ -251,27 +258,21 @@ def raise_together(error: Exception | None, axis: Axis) -> None:
 
 
 def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) -> list[int]:
-    """After a collective failed: the global ranks whose process is gone or, if all live, those that did not see it fail.
+    """After a collective failed: the global ranks that do not answer through the store within `wait`.
 
-    Empty if that cannot be told: the store is gone, or was not made by the mesh.
+    Those that died are among them; with gloo only a dead rank's neighbours see the failure at once, and ranks that still wait in the
+    collective do not answer either, until the mesh's timeout. Empty if it cannot be told: the store is gone, or not the mesh's.
     """
     if mesh.store is None:
         return []
+    missing: list[int] = []
     try:
-        mesh.store.set("megapar/asked", "1")
-        mesh.store.set(f"megapar/failed/{mesh.world.rank}", "1")
-        # In this order: with gloo the dead rank's neighbours see the failure at once, and others wait for the group's timeout.
-        return _silent(mesh, mesh.store, "alive", wait) or _silent(mesh, mesh.store, "failed", wait)
+        mesh.store.set(f"megapar/alive/{mesh.world.rank}", "1")
+        for rank in mesh.world.ranks:
+            try:
+                mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if missing else wait)
+            except dist.DistStoreError:
+                missing.append(rank)
     except dist.DistNetworkError:
         return []
-
-
-def _silent(mesh: ParallelMesh, store: dist.Store, sign: str, wait: timedelta) -> list[int]:
-    """The global ranks that have not given the sign within `wait`."""
-    silent: list[int] = []
-    for rank in mesh.world.ranks:
-        try:
-            store.wait([f"megapar/{sign}/{rank}"], timedelta(seconds=0.1) if silent else wait)
-        except dist.DistStoreError:
-            silent.append(rank)
-    return silent
+    return missing

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import megapar
+from megapar import __version__
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LIBRARIES = ("numpy", "tokenizers", "safetensors", "rich", "tyro", "matplotlib")
-EXTRAS = {"triton": "gpu", "tensorboard": "tensorboard", "pytest": "dev", "hypothesis": "dev", "ruff": "dev", "mypy": "dev"}
+EXTRAS = {"gpu": ("triton",), "tensorboard": ("tensorboard",), "dev": ("pytest", "hypothesis", "ruff", "mypy", "transformers")}
 
 
 def doctor() -> str:
@@ -37,7 +37,7 @@ def doctor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"megapar": megapar.__version__, "python": f"{platform.python_version()} ({sys.executable})", "torch": torch.__version__}
+    found = {"megapar": __version__, "python": f"{platform.python_version()} ({sys.executable})", "torch": torch.__version__}
     return found | {name: _version(name) or "missing: pip install megapar again" for name in LIBRARIES}
 
 
@@ -71,7 +71,7 @@ def _kernels() -> dict[str, str]:
 
 
 def _extras() -> dict[str, str]:
-    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for name, extra in EXTRAS.items()}
+    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for extra, names in EXTRAS.items() for name in names}
 
 
 def _version(name: str) -> str | None:

@@ -7,9 +7,7 @@ file runs in plain `python`.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +22,8 @@ class Axis:
     """This rank's view of one direction of the mesh.
 
     `ranks` are the global ranks along the axis, `rank` is this process's position among them, and `group` is the process group that
-    joins them: None for an axis of size 1, and for one that only describes a layout and never communicates.
+    joins them: None for an axis of size 1, and for one that only describes a layout and never communicates. `timeout` is that of the
+    group, for the groups made from it.
     """
 
     name: str
@@ -32,6 +31,7 @@ class Axis:
     size: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
+    timeout: timedelta | None = None
     _subsets: dict[tuple[int, ...], Axis] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Axis:
@@ -62,8 +62,8 @@ class Axis:
             ranks = tuple(self.ranks[i] for i in key)
             group = None
             if len(key) > 1 and self.group is not None:
-                group = dist.new_group(list(ranks), use_local_synchronization=True)
-            self._subsets[key] = Axis(self.name, key.index(self.rank), len(key), ranks, group)
+                group = dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True)
+            self._subsets[key] = Axis(self.name, key.index(self.rank), len(key), ranks, group, self.timeout)
         return self._subsets[key]
 
 
@@ -106,7 +106,8 @@ class ParallelMesh:
         if world_size > 1 and not dist.is_initialized():
             self._join_world(timeout)
         rank = dist.get_rank() if world_size > 1 else 0
-        self.world = Axis("world", rank, world_size, tuple(range(world_size)), dist.group.WORLD if world_size > 1 else None)
+        group = dist.group.WORLD if world_size > 1 else None
+        self.world = Axis("world", rank, world_size, tuple(range(world_size)), group, timeout)
         self.tp = self._axis("tp", [[start + i for i in range(tp)] for start in range(0, world_size, tp)], timeout)
         self.dp = self._axis("dp", [[p * tp * dp + i + j * tp for j in range(dp)] for p in range(pp) for i in range(tp)], timeout)
         self.pp = self._axis("pp", [[i + p * tp * dp for p in range(pp)] for i in range(tp * dp)], timeout)
@@ -126,8 +127,6 @@ class ParallelMesh:
     def close(self) -> None:
         """Leaves the world, if this mesh initialised it."""
         if self._owns_world and dist.is_initialized():
-            if self.store is not None:
-                self.store.set("megapar/asked", "1")  # ends the threads that wait for it
             dist.destroy_process_group()
             self._owns_world = False
 
@@ -137,7 +136,6 @@ class ParallelMesh:
         # The store outlives a broken process group: it is how the survivors learn which rank is gone (collectives.missing_ranks).
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         self.store = store
-        threading.Thread(target=_answer, args=(store.clone(), rank), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         prefixed = dist.PrefixStore("megapar", store)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
@@ -153,7 +151,7 @@ class ParallelMesh:
             elif len(ranks) > 1:
                 group = dist.new_group(ranks, timeout=timeout)
             if self.world.rank in ranks:
-                mine = Axis(name, ranks.index(self.world.rank), len(ranks), tuple(ranks), group)
+                mine = Axis(name, ranks.index(self.world.rank), len(ranks), tuple(ranks), group, timeout)
         return mine
 
 
@@ -169,13 +167,6 @@ def data_parallel_size(world_size: int, *, tp: int, pp: int = 1) -> int:
             f"start {more} (torchrun --nproc-per-node {more}, or megapar train --nproc {more}) or lower tp or pp"
         )
     return world_size // (tp * pp)
-
-
-def _answer(store: dist.Store, rank: int) -> None:
-    """Says, when a rank asks, that this process lives, even while its main thread waits in a collective (`missing_ranks`)."""
-    with contextlib.suppress(RuntimeError):  # the store is gone
-        store.wait(["megapar/asked"], timedelta(days=365))
-        store.set(f"megapar/alive/{rank}", "1")
 
 
 def _local_device() -> torch.device:

@@ -8,11 +8,15 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from megapar import collectives
+
 COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier"),
     *("broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "gather", "send", "recv", "isend", "irecv"),
     "new_group",
 )
+# megapar keeps torch's names, old or new, under its own.
+RENAMED = {"_all_gather": "all_gather", "_reduce_scatter": "reduce_scatter"}
 
 
 @contextlib.contextmanager
@@ -30,4 +34,6 @@ def counted() -> Iterator[Counter[str]]:
     with contextlib.ExitStack() as stack:
         for name in COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, counting(name, getattr(dist, name))))
+        for name, common in RENAMED.items():
+            stack.enter_context(mock.patch.object(collectives, name, counting(common, getattr(collectives, name))))
         yield calls

@@ -98,8 +98,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
         q_heads, kv_heads, d = self.q_heads, self.kv_heads, self.head_size
         qkv = torch.cat([self.q(x), self.kv(x)], -1) if self.shares_kv else self.qkv(x)
-        # Sequence parallelism pads the tokens to a multiple of tp: the rows past t are nobody's.
-        qkv = qkv[: batch.t].view(batch.t, q_heads + 2 * kv_heads, d)
+        qkv = batch.unpad(qkv).view(batch.t, q_heads + 2 * kv_heads, d)
         qk, v = qkv.split([q_heads + kv_heads, kv_heads], dim=1)
         if self.rope_theta is not None:
             theta, dtype = self.rope_theta, x.dtype

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.collectives import gather_json, run_eagerly, start_all_gather
+from megapar.collectives import run_eagerly, start_all_gather
 from megapar.layers.embedding import check_ids
 from megapar.mesh import Axis, TensorParallel, as_axis
 from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cross_entropy_loss, cross_entropy_statistics
@@ -39,7 +39,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1]: 0 turns it off")
     if z_loss < 0.0:
         raise ValueError(f"z_loss={z_loss} must be 0 or more: 0 turns it off")
-    start, size = _place(logits.shape[-1], axis, vocab_size)
+    start, size = _place(logits, axis, vocab_size)
     flat = target.reshape(-1)
     ignored = flat == ignore_index
     check_ids(flat.masked_fill(ignored, 0), size, "targets")
@@ -51,15 +51,23 @@ def vocab_parallel_cross_entropy(
     return loss.view(target.shape)
 
 
-def _place(width: int, axis: Axis, vocab_size: int | None) -> tuple[int, int]:
+def _place(logits: Tensor, axis: Axis, vocab_size: int | None) -> tuple[int, int]:
     """Where this rank's part of the vocabulary starts, and the size of the whole."""
+    width = logits.shape[-1]
     if vocab_size is None:
-        widths = gather_json(width, axis)
+        widths = _widths(width, logits.device, axis)
         return sum(widths[: axis.rank]), sum(widths)
     start, stop = split(vocab_size, axis.size, what="vocab_size")[axis.rank]
     if stop - start != width:
         raise ValueError(f"logits are {width} wide, rank {axis.rank} of vocab_size={vocab_size} has {stop - start}: check both")
     return start, vocab_size
+
+
+@torch.compiler.disable
+def _widths(width: int, device: torch.device, axis: Axis) -> list[int]:
+    if axis.size == 1:
+        return [width]
+    return start_all_gather(torch.tensor([width], device=device), axis).wait().tolist()
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -55,10 +55,11 @@ class VocabParallelEmbedding(nn.Module):
         draw(self)
 
     def forward(self, ids: Tensor) -> Tensor:
-        check_ids(ids, self.num_embeddings, "token ids")
+        # First, so that ids which are wrong are wrong on every rank, and none is left waiting for one that raised.
         if self.tp.size > 1 and (ids.device.type == "cpu" or not self._checked):
             check_same_ids(ids, self.tp)
             self._checked = True
+        check_ids(ids, self.num_embeddings, "token ids")
         if self.tp.size == 1 and getattr(self.weight, "main_grad", None) is None:
             return F.embedding(ids, self.weight)
         return run_eagerly(_VocabEmbedding, ids, self.weight, self.start, self.tp, self.sequence_parallel and self.tp.size > 1)
@@ -100,10 +101,11 @@ def standard_normal(full: Tensor, generator: torch.Generator | None) -> None:
 @torch.compiler.disable
 def check_same_ids(ids: Tensor, axis: Axis) -> None:
     """Raises the same ValueError on every rank unless all of them were given the same ids: each rank of tp needs the whole batch."""
-    digest = zlib.crc32(repr(tuple(ids.shape)).encode(), zlib.crc32(ids.cpu().contiguous().numpy().tobytes()))
+    what = repr((ids.dtype, tuple(ids.shape))).encode()
+    digest = zlib.crc32(what, zlib.crc32(ids.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()))
     digests = start_all_gather(torch.tensor([digest], device=ids.device), axis).wait()
     if int(digests.min()) != int(digests.max()):
-        check_same({"shape": list(ids.shape), "crc32": digest}, axis, "token ids")
+        check_same({"dtype": str(ids.dtype), "shape": list(ids.shape), "crc32": digest}, axis, "token ids")
 
 
 def check_ids(ids: Tensor, size: int, what: str) -> None:

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
             x = self.positions(x, batch)
         for block in self.blocks:
             x = block(x, batch)
-        return self.head(self.norm(x))[: batch.t]
+        return batch.unpad(self.head(self.norm(x)))
 
     def _norm(self) -> nn.Module:
         norm = RMSNorm if self.config.norm == "rms" else LayerNorm

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megapar.collectives import all_gather_last
 from megapar.models.decoder import Decoder
-from megapar.params import split
+from megapar.params import seed_of, split
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def generate(
     """prompt int64 [b, s] to [b, s + new_tokens]; `temperature=0` takes the likeliest token.
 
     The model sees the last `window` tokens; nothing is cached between tokens. Raises ValueError for an empty prompt, top_p outside
-    (0, 1] and a negative temperature.
+    (0, 1], a negative temperature or number of new tokens, and a window that shows no token.
     """
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise ValueError(f"the prompt has shape {tuple(prompt.shape)} and must be [b, s] with a token or more: give it some text")
@@ -25,8 +25,12 @@ def generate(
         raise ValueError(f"top_p={top_p} must lie in (0, 1]: 1 samples from all tokens")
     if temperature < 0.0:
         raise ValueError(f"temperature={temperature} must be 0 or more: 0 takes the likeliest token")
+    if new_tokens < 0:
+        raise ValueError(f"new_tokens={new_tokens} must be 0 or more: raise it")
+    if window < 1:
+        raise ValueError(f"window={window} must be 1 or more tokens: raise it")
     parts = split(model.vocab_size, model.tp.size)
-    generator = torch.Generator(prompt.device).manual_seed(seed)
+    generator = torch.Generator(prompt.device).manual_seed(seed_of("generate", seed))  # any integer
     tokens = prompt
     for _ in range(new_tokens):
         seen = tokens[:, -window:]

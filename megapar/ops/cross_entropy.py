@@ -66,7 +66,7 @@ def cross_entropy_grad(
     softmax = (logits.to(wide) - lse[:, None]).exp_().masked_fill_(ignored[:, None], 0.0)
     if z_loss:
         softmax *= (1 + 2 * z_loss * lse)[:, None].masked_fill(ignored[:, None], 0.0)
-    here = torch.where(index >= 0, label_smoothing - 1.0, 0.0).to(wide)
+    here = (index >= 0).to(wide) * (label_smoothing - 1)
     softmax.scatter_add_(-1, index.clamp(min=0)[:, None], here[:, None])
     if label_smoothing:
         softmax -= label_smoothing / vocab_size

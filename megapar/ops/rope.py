@@ -28,8 +28,7 @@ def rope_angles(position_ids: Tensor, d: int, theta: float, dtype: torch.dtype =
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[t, n, d] to [t, n, d]: x cos + swap_halves(x) sin, computed in the dtype of cos."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([high, low], -1), sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,16 @@ def save_checkpoint(folder: Path, model: nn.Module, values: Values, state: Mappi
     raise_together(error, mesh.world)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, values: Values, mesh: ParallelMesh) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, model: nn.Module, values: Values, mesh: ParallelMesh, accept: Callable[[dict[str, Any]], None] = lambda state: None
+) -> dict[str, Any]:
     """Fills `values` in place from the folder, whatever layout wrote it, and returns its state.
 
-    Raises ValueError on every rank, naming the file or tensor, when anything is missing, cut short, edited or of another shape.
+    `accept` is given the state first and may raise ValueError to refuse it. Raises ValueError on every rank, naming the file or tensor,
+    when anything is missing, cut short, edited or of another shape.
     """
     state: dict[str, Any] = {}
-    error = _attempt(lambda: state.update(_read(folder, model, values)))
+    error = _attempt(lambda: state.update(_read(folder, model, values, accept)))
     raise_together(error, mesh.world)
     return state
 
@@ -84,6 +87,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {manifest.get('format')} and this version reads {FORMAT}: use the version that wrote it")
     if digest != _digest(manifest):
         raise ValueError(f"{path} was edited, its sha256 does not match: use another checkpoint")
+    for entry in manifest["tensors"]:
+        if entry["file"] not in manifest["files"]:
+            raise ValueError(f"{path} names {folder / entry['file']}, which has no sha256 in it: use another checkpoint")
     for name, told in manifest["files"].items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
@@ -136,8 +142,9 @@ def _commit(partial: Path, folder: Path, ranks: list[dict[str, Any]], state: Map
     _sync(folder.parent)
 
 
-def _read(folder: Path, model: nn.Module, values: Values) -> dict[str, Any]:
+def _read(folder: Path, model: nn.Module, values: Values, accept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     manifest = read_manifest(folder)
+    accept(manifest["state"])
     boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in manifest["tensors"]:
         boxes.setdefault((entry["kind"], entry["name"]), []).append(entry)

@@ -164,7 +164,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             value = float(value)
         accepted = any(type(value) is kind for kind in kinds)
     if not accepted:
-        wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(getattr(hint, "__name__", hint))
+        wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(hint if origin else getattr(hint, "__name__", hint))
         raise ValueError(f'config key "{name}" is {value!r} and must be {wanted}: correct it')
     return value
 
@@ -195,8 +195,10 @@ def check(config: Config) -> None:
     if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):
         raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
     for name in ("min_lr", "eps", "weight_decay"):
-        if getattr(optimizer, name) < 0:
+        if not getattr(optimizer, name) >= 0:
             raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more: raise it")
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")
     if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
         lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
         raise ValueError(f"{lengths}: raise the latter")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megapar.collectives import check_same, missing_ranks
+from megapar.collectives import check_same, missing_ranks, raise_together
 from megapar.layers.attention import split_heads
 from megapar.mesh import ParallelMesh, data_parallel_size
 from megapar.models.decoder import Decoder
@@ -50,13 +50,17 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
     RuntimeError naming the rank when one stops answering.
     """
     check_layout(config, mesh.world.size)
-    check_same(_fixed(to_dict(config)), mesh.world, "the config")
-    text = load_text_together(config.data, config.run.seed, mesh)
-    vocab_size = text.tokenizer.vocab_size
-    model = Decoder(config.model, vocab_size, mesh, sequence_parallel=config.parallel.sequence_parallel, seed=config.run.seed)
-    step = TrainStep(model, config.optimizer, mesh)
-    run = _Run(config, mesh, text, model, step)
-    with _interrupts() as interrupted, _named_failures(mesh):
+    with named_failures(mesh):
+        for name, value in _flat(to_dict(config)).items():
+            check_same(value, mesh.world, name)
+        text = load_text_together(config.data, config.run.seed, mesh)
+        text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
+        vocab_size = text.tokenizer.vocab_size
+        model = Decoder(config.model, vocab_size, mesh, sequence_parallel=config.parallel.sequence_parallel, seed=config.run.seed)
+        step = TrainStep(model, config.optimizer, mesh)
+        run = _Run(config, mesh, text, model, step)
+    # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others.
+    with _interrupts() as interrupted, named_failures(mesh):
         return run.go(interrupted)
 
 
@@ -96,27 +100,38 @@ class _Run:
         self.first = self._resume() if config.run.resume else 0
         self.metrics: MetricsFile | None = None
         self.progress: RunProgress | None = None
-        if mesh.world.rank == 0:
+        raise_together(self._open() if mesh.world.rank == 0 else None, mesh.world)
+
+    def _open(self) -> Exception | None:
+        """Prepares the output folder and says what the run is; what keeps rank 0 from it."""
+        if not self.config.run.resume and newest_checkpoint(self.out / "checkpoints") is not None:
+            return ValueError(f"run.out={self.out} holds checkpoints of an earlier run: go on with --resume, or give another --out")
+        try:
             self.metrics = MetricsFile(self.out / "metrics.jsonl", self.first)
-            (self.out / "config.json").write_text(json.dumps(to_dict(config), indent=2), encoding="utf-8")
-            self.progress = RunProgress(config.run.steps, self.first)
-            self.progress.say(text.description)
-            parameters = sum(p.numel() for p in model.parameters())
-            self.progress.say(f"{mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
-            if self.first:
-                self.progress.say(f"resumed at step {self.first}")
+            (self.out / "config.json").write_text(json.dumps(to_dict(self.config), indent=2), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            return ValueError(f"run.out={self.out} cannot hold the metrics of this run ({error}): give another --out")
+        self.progress = RunProgress(self.config.run.steps, self.first)
+        self.progress.say(self.text.description)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.progress.say(f"{self.mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
+        if self.first:
+            self.progress.say(f"resumed at step {self.first}")
+        return None
 
     def go(self, interrupted: list[bool]) -> Trained:
         run, done, stopped, loss = self.config.run, self.first, False, None
         try:
+            if self.first < run.steps and self._evaluates_at(self.first):
+                self._evaluate(self.first)  # the run that stopped here may not have come to it
             for done in range(self.first + 1, run.steps + 1):
-                stopped = self._step(done, bool(interrupted))
+                stopped = self._step(done, interrupted)
                 last = stopped or done == run.steps
                 if run.save_every and (done % run.save_every == 0 or last):
                     self.save(done)
                 if last:
                     break
-                if run.eval_every and done % run.eval_every == 0:
+                if self._evaluates_at(done):
                     self._evaluate(done)
             loss = None if stopped else self._evaluate(done)
         finally:
@@ -125,15 +140,15 @@ class _Run:
                 self.progress.close()
         return Trained(self.model, self.text, done, stopped, loss, self.out)
 
-    def _step(self, done: int, stop: bool) -> bool:
-        """Trains step `done` (1 to steps); whether any rank wants to stop."""
+    def _step(self, done: int, interrupted: list[bool]) -> bool:
+        """Trains step `done` (1 to steps); whether any rank was interrupted."""
         run, start = self.config.run, time.perf_counter()
         first = (done - 1) * run.batch_size
         for i in range(first, first + run.batch_size, run.micro_batch_size):
             self.train_step.accumulate(*self.text.samples(i, run.micro_batch_size))
         rate = self.config.optimizer
         lr = learning_rate(done - 1, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
-        result = self.train_step.update(lr, stop)
+        result = self.train_step.update(lr, bool(interrupted))
         seconds = time.perf_counter() - start
         if self.metrics is not None and self.progress is not None:
             rest = {"tokens": result.tokens, "tokens_per_second": result.tokens / seconds, "seconds": seconds}
@@ -141,6 +156,10 @@ class _Run:
             self.metrics.log(record)
             self.progress.step(record, (run.steps - done) * seconds)
         return result.stop
+
+    def _evaluates_at(self, done: int) -> bool:
+        every = self.config.run.eval_every
+        return done > 0 and every > 0 and done % every == 0
 
     def _evaluate(self, done: int) -> float:
         loss = evaluate(self.model, self.text, self.config.run.micro_batch_size)
@@ -159,15 +178,18 @@ class _Run:
         check_same(None if folder is None else folder.name, self.mesh.world, "the newest checkpoint")
         if folder is None:
             raise ValueError(f"{self.out / 'checkpoints'} holds no checkpoint to resume from: leave --resume out, or check run.out")
-        state = load_checkpoint(folder, self.model, self.train_step.tensors(), self.mesh)
-        here = {"config": _fixed(to_dict(self.config)), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
-        there = {"config": _fixed(state["config"]), "corpus": state["corpus"], "tokenizer": state["tokenizer"]}
-        for name, told in _flat(json.loads(json.dumps(here))).items():
-            saved = _flat(there).get(name)
-            if saved != told:
-                raise ValueError(f"{name.removeprefix('config.')} is {told} and was {saved} in {folder}: a resumed run must keep it")
+        state = load_checkpoint(folder, self.model, self.train_step.tensors(), self.mesh, lambda state: self._accept(state, folder))
         self.train_step.set_applied_steps(state["step"])
         return int(state["step"])
+
+    def _accept(self, state: dict[str, Any], folder: Path) -> None:
+        """Raises ValueError for a checkpoint of another run, naming what differs."""
+        here = {"config": _fixed(to_dict(self.config)), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
+        there = _flat({"config": _fixed(state["config"]), "corpus": state.get("corpus"), "tokenizer": state.get("tokenizer")})
+        for name, told in _flat(json.loads(json.dumps(here))).items():
+            if there.get(name) != told:
+                now, then = f"{name.removeprefix('config.')} is {told}", f"was {there.get(name)} in {folder}"
+                raise ValueError(f"{now} and {then}: a resumed run must keep it")
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +223,7 @@ def _interrupts() -> Iterator[list[bool]]:
 
 
 @contextmanager
-def _named_failures(mesh: ParallelMesh) -> Iterator[None]:
+def named_failures(mesh: ParallelMesh) -> Iterator[None]:
     """Turns a collective's failure into the name of the rank that is gone."""
     try:
         yield

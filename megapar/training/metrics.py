@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a record a line, on disk as soon as it is logged. Records after `resumed_step` are dropped on opening."""
+    """`metrics.jsonl`: a record a line, on disk as soon as it is logged.
+
+    On opening, records after `resumed_step` are dropped, and its evaluation, which a resumed run does again.
+    """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(path) if record["step"] <= resumed_step] if resumed_step else []
+        kept = [r for r in read_metrics(path) if r["step"] <= resumed_step - ("held_out_loss" in r)] if resumed_step else []
         partial = path.with_name(path.name + ".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(partial, path)
@@ -48,8 +51,10 @@ class RunProgress:
         self._steps, self._stride = steps, max(1, steps // 20)
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = ("[bold]step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), "eta", TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console())
+            # The numbers keep their width on a narrow terminal, the bar takes what is left.
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            eta = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
+            self._bar = Progress(text, BarColumn(None, table_column=Column(ratio=1)), eta, expand=True)
             self._task = self._bar.add_task("", total=steps, completed=first)
             self._bar.start()
 
@@ -61,7 +66,7 @@ class RunProgress:
         )
         done = record["step"]
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
+            self._bar.update(self._task, completed=done, description=f"step {done}/{self._steps} {text.replace('  ', ' ')}")
         elif done == 1 or done % self._stride == 0 or done == self._steps:
             print(f"step {done}/{self._steps}  {text}  eta {eta:.0f} s", flush=True)
 

@@ -81,7 +81,8 @@ class TrainStep:
         for param in self.grads.params:
             state = self.optimizer.state[param]
             if not state:
-                state.update(step=torch.zeros((), dtype=torch.float32), **{kind: torch.zeros_like(param) for kind in MOMENTS})
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state.update({kind: torch.zeros_like(param) for kind in MOMENTS})
             for kind in MOMENTS:
                 moments[kind][param] = state[kind]
         return {"weight": {p: p for p in self.model.parameters()}, **moments}

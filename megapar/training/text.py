@@ -59,17 +59,17 @@ def load_text(config: DataConfig, seed: int) -> Text:
 def load_text_together(config: DataConfig, seed: int, mesh: ParallelMesh) -> Text:
     """`load_text` on every rank, rank 0 first so that the others find its cache; an error on one is raised on all."""
     text, error = None, None
-    for turn in (mesh.world.rank == 0, mesh.world.rank != 0):
-        if turn:
+    for turn in (range(1), range(1, mesh.world.size)):
+        if mesh.world.rank in turn:
             try:
                 text = load_text(config, seed)
             except (ValueError, OSError) as caught:
                 error = caught
-        if mesh.world.rank == 0 and mesh.store is not None:
-            mesh.store.set("megapar/text", "1")
-        elif mesh.store is not None:
+            if mesh.store is not None:
+                mesh.store.set(f"megapar/text/{mesh.world.rank}", "1")
+        if mesh.store is not None and turn:
             # A large corpus takes longer than a collective may wait.
-            mesh.store.wait(["megapar/text"], LONGEST_PREPARATION)
+            mesh.store.wait([f"megapar/text/{rank}" for rank in turn], LONGEST_PREPARATION)
         raise_together(error, mesh.world)
     assert text is not None
     check_same([text.corpus_sha256, text.tokenizer.sha256], mesh.world, "[corpus, tokenizer] sha256")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megapar.collectives import gather_json, gather_last
+from megapar.collectives import gather_json, gather_last, raise_together
 from megapar.layers.embedding import VocabParallelEmbedding
 from megapar.layers.parallelize import Role, parallelize
 from megapar.mesh import ParallelMesh
@@ -42,7 +43,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound
+        return self.error <= self.bound and math.isfinite(self.error)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Subject:
 def verify(subject: Subject, mesh: ParallelMesh) -> list[Check]:
     """Runs the step alone in fp64, alone in fp32 and in parallel, and compares. The same list on every rank."""
     alone, parallel = (_seeded(subject.build, m) for m in (ParallelMesh.alone(mesh.device), mesh))
+    torch.manual_seed(SEED)  # the two may have drawn differently often
     inputs = subject.inputs(alone)
     initial, weights = _whole(alone, lambda p: p), _boxes(parallel, lambda p: p)
-    _check_names(initial, weights)
+    raise_together(_difference(initial, weights), mesh.world)
     exact, single = (_Step(model, subject, inputs) for model in (copy.deepcopy(alone).double(), alone))
     spread = _Step(parallel, subject, inputs, mesh, exact.output.shape[-1])
     checks = [Check("initial weights", max(_distance(box, initial[p.name][p.index]) for p, box in weights), 0.0)]
@@ -117,13 +119,12 @@ def load_subject(target: str, sequence_parallel: bool) -> Subject:
     """
     module_name, _, function = target.partition(":")
     function = function or "build"
-    sys.path.insert(0, str(Path.cwd()))
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # it stays, for what build imports when it is called
     try:
         module: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{target}: no module {error.name} here or installed: write module:build, as in my_model:build") from error
-    finally:
-        sys.path.pop(0)
     build = getattr(module, function, None)
     if not callable(build):
         raise ValueError(f'{target}: module {module_name} has no function "{function}": define it, it returns the model')
@@ -133,18 +134,19 @@ def load_subject(target: str, sequence_parallel: bool) -> Subject:
 
 
 def _builder(build: Callable[..., nn.Module], plan: Mapping[str, Role] | None, sequence_parallel: bool) -> Build:
-    parameters = inspect.signature(build).parameters
+    parameters = dict(inspect.signature(build).parameters)
     if sequence_parallel and "sequence_parallel" not in parameters:
         raise ValueError("--sequence-parallel needs build(mesh, sequence_parallel): parallelize does not shard tokens, leave the flag out")
-    options = {"sequence_parallel": sequence_parallel} if "sequence_parallel" in parameters else {}
-    if len(parameters) > len(options):
+    options = {"sequence_parallel": sequence_parallel} if parameters.pop("sequence_parallel", None) else {}
+    if "mesh" in parameters or any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
         return lambda mesh: build(mesh, **options)
     return lambda mesh: parallelize(build(), mesh, plan) if mesh.world.size > 1 else build()
 
 
 def _seeded(build: Build, mesh: ParallelMesh) -> nn.Module:
+    """The model in eval mode: dropout draws anew in each layout and would hide everything else."""
     torch.manual_seed(SEED)
-    return build(mesh).to(mesh.device)
+    return build(mesh).to(mesh.device).eval()
 
 
 def _boxes(model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]) -> list[tuple[Piece, Tensor]]:
@@ -164,14 +166,17 @@ def _whole(model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]) -> 
     return whole
 
 
-def _check_names(alone: Mapping[str, Tensor], parallel: list[tuple[Piece, Tensor]]) -> None:
+def _difference(alone: Mapping[str, Tensor], parallel: list[tuple[Piece, Tensor]]) -> ValueError | None:
+    """Why the two are not one model, if their parameters say so."""
     shapes = {piece.name: piece.shape for piece, _ in parallel}
     for name in sorted(shapes.keys() ^ alone.keys()):
         where = "in parallel" if name in shapes else "alone"
-        raise ValueError(f'the model has a parameter "{name}" only {where}: build the same one from the same seed for every mesh')
+        return ValueError(f'the model has a parameter "{name}" only {where}: build the same one from the same seed for every mesh')
     for name, shape in shapes.items():
         if tuple(alone[name].shape) != shape:
-            raise ValueError(f'parameter "{name}" has shape {tuple(alone[name].shape)} alone and {shape} in parallel: build the same model')
+            both = f"{tuple(alone[name].shape)} alone and {shape} in parallel"
+            return ValueError(f'parameter "{name}" has shape {both}: build the same model')
+    return None
 
 
 def _distance(found: Tensor, true: Tensor) -> float:

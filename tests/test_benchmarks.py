@@ -1,0 +1,85 @@
+"""The benchmarks compare like with like, at a tiny size, and their verdicts can fail."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import overhead, tensor_parallel
+from benchmarks.__main__ import render
+from benchmarks.common import Verdict, count, environment, interleaved
+
+TINY = tensor_parallel.Sizes(b=2, s=8, hidden=32, heads=4, ffn=48, vocab=40, layers=1)
+EAGER = [name + variant for name in ("megapar", "DTensor") for variant in ("", ", sequence-parallel")]
+
+
+def overhead_once() -> tuple[dict[str, float], dict[str, int], bool]:
+    """Gradient errors, collectives by contender, whether all times are positive."""
+    sizes = overhead.Sizes(hidden=32, ffn=48)
+    found = overhead.contenders(sizes)
+    errors = overhead.errors(found, sizes)
+    seconds = interleaved(found, partial(overhead.draw, sizes), repeats=1, inner=1, warmup=0)
+    collectives = {c.name: count(c, overhead.draw(sizes, -1)).collectives for c in found}
+    return errors, collectives, bool((seconds[0] > 0).all())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_overhead(ranks, world):
+    for errors, collectives, timed in ranks.run(world, overhead_once):
+        assert len(errors) == 7
+        assert all(0 <= error <= overhead.AGREE for error in errors.values()), errors
+        assert timed
+        # Megatron's scheme: two all-reduces forward, two backward.
+        assert collectives["megapar"] == collectives["DTensor"] == (4 if world == 2 else 0)
+
+
+def tensor_parallel_once() -> tuple[dict[str, float], dict[str, int], bool]:
+    found = tensor_parallel.contenders(TINY, [*EAGER, tensor_parallel.PLAIN])
+    values = tensor_parallel.losses(found, TINY)
+    tensor_parallel.check(values)
+    seconds = interleaved(found, partial(tensor_parallel.draw, TINY), repeats=1, inner=1, warmup=0)
+    sent = {c.name: count(c, tensor_parallel.draw(TINY, -1)).sent for c in found}
+    return values, sent, bool((seconds[0, :, :-1] > 0).all())
+
+
+def test_tensor_parallel(ranks):
+    for values, sent, timed in ranks.run(2, tensor_parallel_once):
+        assert list(values) == [*EAGER, tensor_parallel.PLAIN]
+        assert timed
+        assert sent["megapar"] >= 5 * 4 * TINY.b * TINY.s * TINY.hidden  # the embedding's all-reduce and the block's four
+        assert sent[tensor_parallel.PLAIN] == 0
+
+
+def test_check_of_losses():
+    with pytest.raises(AssertionError, match="b: loss"):
+        tensor_parallel.check({"a": 1.0, "b": 1.0001})
+
+
+def test_verdicts():
+    assert Verdict("x", 1.19, at_most=1.2).holds and not Verdict("x", 1.21, at_most=1.2).holds
+    assert Verdict("x", 1.3, at_least=1.3).holds and not Verdict("x", 1.29, at_least=1.3).holds
+    assert not Verdict("x", float("nan"), at_most=1.2).holds and not Verdict("x", float("nan"), at_least=1.3).holds
+    assert str(Verdict("x", 2.0, at_most=1.2)) == "FAILS: x: 2, at most 1.2"
+
+
+def test_bars():
+    names = [overhead.PLAIN, overhead.OURS, overhead.DTENSOR]
+    fast, slow = torch.tensor([[1.0, 1.1, 5.0]]), torch.tensor([[1.0, 1.3, 5.0]])
+    launches = dict.fromkeys(("tp=1", "tp=2", "tp=2, no wire"), (names, torch.stack([fast, slow])))
+    assert [v.holds for v in overhead.verdicts(launches)] == [True, True, True]
+    launches = dict.fromkeys(launches, (names, torch.stack([slow, fast])))
+    assert [v.holds for v in overhead.verdicts(launches)] == [False, False, False]
+    assert [v.holds for v in tensor_parallel.verdicts(TINY, EAGER, torch.tensor([[1.0, 1.0, 1.4, 1.2]]))] == [True, False]
+
+
+def test_page():
+    result = {
+        "name": "n",
+        **environment(),
+        "tables": [{"title": "t", "columns": ["a", "b"], "rows": [["1", "2"]]}],
+        "verdicts": [{"bar": "x", "ratio": 2.0, "at_most": 1.0, "at_least": None, "holds": False}],
+        "missing": {"peer": "why"},
+    }
+    page = render([result])
+    assert "| a | b |\n| --- | ---: |\n| 1 | 2 |" in page
+    assert "- **fails**: x: 2, at most 1" in page and "- missing: peer: `why`" in page

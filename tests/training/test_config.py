@@ -1,0 +1,170 @@
+"""The config: files, overrides, and one sentence for each thing that makes no run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megapar.models.config import DecoderConfig
+from megapar.training.config import Config, DataConfig, OptimizerConfig, ParallelConfig, RunConfig, from_dict, load_config, to_dict
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_shipped_configs_load(path):
+    assert load_config(path) != Config()
+
+
+def refused(values: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as error:
+        from_dict(Config, values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@given(
+    st.builds(DataConfig, st.text(), st.none() | st.integers(), sequence_length=st.integers(1, 9)),
+    st.builds(OptimizerConfig, betas=st.tuples(st.floats(0, 1), st.floats(0, 1)), max_norm=st.none() | st.floats(0.1, 9)),
+    st.builds(ParallelConfig, st.integers(1, 9), device=st.sampled_from(["auto", "cpu", "cuda"])),
+    st.builds(RunConfig, resume=st.booleans(), prompt=st.text()),
+    st.builds(DecoderConfig, heads=st.sampled_from([4, 8]), kv_heads=st.sampled_from([None, 2, 4])),
+)
+def test_dict_round_trip(data, optimizer, parallel, run, model):
+    config = Config(model, data, optimizer, parallel, run)
+    assert from_dict(Config, to_dict(config)) == config
+
+
+def test_toml_values_reach_the_config(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[model]\nheads = 4\nkv_heads = 2\n[optimizer]\nlr = 1\nbetas = [0, 0.5]\n[run]\nout = "x"\n')
+    config = load_config(path)
+    assert (config.model.heads, config.model.kv_heads, config.run.out) == (4, 2, "x")
+    assert (config.optimizer.lr, config.optimizer.betas) == (1.0, (0.0, 0.5))
+    assert isinstance(config.optimizer.lr, float)
+    assert config.run.steps == RunConfig.steps
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "nearest"),
+    [
+        ({"run": {"stepz": 3}}, "run.stepz", "run.steps"),
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {"kvheads": 2}}, "model.kvheads", "model.kv_heads"),
+        ({"run": {"": 1}}, "run.", "run."),
+    ],
+)
+def test_unknown_key_names_the_nearest(values, key, nearest):
+    message = refused(values)
+    assert f'"{key}"' in message
+    assert f'nearest one is "{nearest}' in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "wanted"),
+    [
+        ("run", "steps", "3", "int"),
+        ("run", "steps", 3.0, "int"),
+        ("run", "steps", True, "int"),
+        ("run", "resume", 1, "bool"),
+        ("run", "out", 3, "str"),
+        ("optimizer", "lr", "fast", "float"),
+        ("optimizer", "lr", True, "float"),
+        ("optimizer", "betas", [0.9], "tuple[float, float]"),
+        ("optimizer", "betas", [0.9, "x"], "float"),
+        ("optimizer", "max_norm", "none", "float | None"),
+        ("parallel", "device", "tpu", "'cpu'"),
+        ("model", "norm", "batch", "'rms' or 'layer'"),
+        ("model", "kv_heads", 2.0, "int | None"),
+    ],
+)
+def test_wrong_types_name_key_value_and_type(section, key, value, wanted):
+    message = refused({section: {key: value}})
+    assert f'"{section}.{key}"' in message
+    assert wanted in message
+
+
+def test_section_must_be_a_table():
+    assert "write [run]" in refused({"run": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("--run.steps 0", "run.steps=0 must be above 0"),
+        ("--run.batch-size -4", "run.batch_size=-4"),
+        ("--run.micro-batch-size 0", "run.micro_batch_size=0"),
+        ("--data.sequence-length 0", "data.sequence_length=0"),
+        ("--tp -1", "parallel.tp=-1"),
+        ("--parallel.timeout 0", "parallel.timeout=0"),
+        ("--optimizer.lr 0", "optimizer.lr=0.0"),
+        ("--optimizer.lr nan", "optimizer.lr=nan"),
+        ("--optimizer.max-norm 0", "optimizer.max_norm=0.0"),
+        ("--optimizer.min-lr nan", "optimizer.min_lr=nan"),
+        ("--optimizer.min-lr 0.5", "optimizer.min_lr=0.5 must not be above optimizer.lr=0.001"),
+        ("--optimizer.eps -1", "optimizer.eps=-1"),
+        ("--optimizer.weight-decay -1", "optimizer.weight_decay=-1"),
+        ("--optimizer.warmup 1", "optimizer.warmup=1.0"),
+        ("--optimizer.betas 0.9 1", "optimizer.betas=(0.9, 1.0)"),
+        ("--run.eval-every -1", "run.eval_every=-1"),
+        ("--save-every -1", "run.save_every=-1"),
+        ("--run.sample-tokens -1", "run.sample_tokens=-1"),
+        ("--run.batch-size 6 --run.micro-batch-size 4", "run.batch_size=6 must be a multiple of run.micro_batch_size=4"),
+        ("--model.positions learned --model.max-positions 8", "data.sequence_length=256 is longer than model.max_positions=8"),
+    ],
+)
+def test_check_refuses_in_a_sentence_with_value_and_fix(override, told):
+    with pytest.raises(ValueError) as error:
+        load_config(None, override.split())
+    message = str(error.value)
+    assert told in message
+    assert ": " in message, "the fix follows a colon"
+    assert "\n" not in message
+
+
+def test_overrides_and_aliases_win_over_the_file(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
+    short = "--corpus b --tokenizer bytes --save-every 5 --resume --tp 3 --steps 9 --out o --seed 4"
+    long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
+    config = load_config(path, short.split())
+    assert config == load_config(path, long.split())
+    assert config.data == dataclasses.replace(DataConfig(), corpus="b", tokenizer="bytes")
+    assert config.parallel.tp == 3
+    assert config.run == RunConfig(steps=9, seed=4, save_every=5, resume=True, out="o")
+
+
+def test_override_of_one_size_keeps_the_rest_of_the_file(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[model]\nhidden_size = 96\nheads = 6\n")
+    assert load_config(path, ["--model.layers", "3"]).model == DecoderConfig(hidden_size=96, heads=6, layers=3)
+
+
+@pytest.mark.parametrize(("override", "nearest"), [("--stepz", "--run.steps"), ("--optimizer.lrr", "--optimizer.lr")])
+def test_unknown_override_exits_with_2_and_names_the_nearest(override, nearest, capsys):
+    with pytest.raises(SystemExit) as end:
+        load_config(None, [override, "3"])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert override in told
+    assert nearest in told
+
+
+def test_sizes_that_contradict_each_other_in_overrides_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        load_config(None, ["--model.heads", "7"])
+    assert end.value.code == 2
+    assert "model.heads=7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "told"), [(b"[run\n", "not valid TOML"), (b"\xff\xfe", "not valid TOML"), (None, "is not a file")])
+def test_bad_files_are_named(tmp_path, text, told):
+    path = tmp_path / "c.toml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(ValueError, match=told) as error:
+        load_config(path)
+    assert str(path) in str(error.value)

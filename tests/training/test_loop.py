@@ -1,0 +1,243 @@
+"""The training loop: resuming is bitwise, refusals come before training, the data and the seed decide everything."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megapar import ParallelMesh
+from megapar.models.config import DecoderConfig
+from megapar.models.decoder import Decoder
+from megapar.training import loop
+from megapar.training.checkpoint import newest_checkpoint
+from megapar.training.config import Config, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megapar.training.loop import evaluate, train
+from megapar.training.lr import learning_rate
+from megapar.training.metrics import read_metrics
+from megapar.training.text import load_text
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def corpus(folder: Path, seed: int = 0) -> str:
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained", "in", "spain"]
+    path = folder / f"corpus-{seed}.txt"
+    path.write_text(" ".join(random.Random(seed).choices(words, k=900)))
+    return str(path)
+
+
+def config_for(folder: Path, tp: int) -> Config:
+    return Config(
+        DecoderConfig(hidden_size=16, layers=1, heads=4, kv_heads=2, ffn_size=23),
+        DataConfig(corpus(folder), tokenizer="bytes", sequence_length=12),
+        OptimizerConfig(warmup=0.3),
+        ParallelConfig(tp, device="cpu", sequence_parallel=tp == 3),
+        RunConfig(steps=6, batch_size=4, micro_batch_size=2, out=str(folder / "out"), save_every=2, eval_every=3),
+    )
+
+
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def run(config: Config, at: int = 0, accident: str = "") -> list[Any]:
+    """Trains; in update `at` the last rank is interrupted, or all ranks fail. [step, interrupted, held-out loss]."""
+    os.environ["XDG_CACHE_HOME"] = str(Path(config.data.corpus).parent / "cache")
+    mesh = ParallelMesh(tp=config.parallel.tp)
+
+    def rate(step: int, **rest: Any) -> float:
+        if step == at - 1 and accident == "interrupt" and mesh.world.rank == mesh.world.size - 1:
+            signal.raise_signal(signal.SIGINT)
+        if step == at - 1 and accident == "failure":
+            raise RuntimeError("something else broke")
+        return learning_rate(step, **rest)
+
+    loop.learning_rate = rate
+    try:
+        trained = train(config, mesh)
+    finally:
+        loop.learning_rate = learning_rate
+    return [trained.step, trained.interrupted, trained.held_out_loss]
+
+
+def run_or_refuse(configs: list[Config]) -> str:
+    """The sentence with which this rank's config is refused."""
+    mesh = ParallelMesh(tp=configs[0].parallel.tp)
+    try:
+        train(configs[mesh.world.rank % len(configs)], mesh)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def metrics_of(config: Config) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(Path(config.run.out) / "metrics.jsonl")]
+
+
+def weights_of(config: Config, step: int) -> dict[str, bytes]:
+    folder = Path(config.run.out) / "checkpoints" / f"step-{step:08d}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(ranks, tmp_path_factory) -> dict[int, Config]:
+    """Six steps without a stop, by tp."""
+    configs = {tp: config_for(tmp_path_factory.mktemp(f"tp{tp}"), tp) for tp in (1, 2)}
+    for tp, config in configs.items():
+        assert all(result[:2] == [6, False] for result in ranks.run(tp, run, config))
+    return configs
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("at", "accident"), [(3, "interrupt"), (4, "failure")])
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(ranks, whole_runs, tmp_path, tp, at, accident):
+    whole = whole_runs[tp]
+    config = replaced(whole, "run", out=str(tmp_path / "out"))
+    if accident == "interrupt":
+        assert ranks.run(tp, run, config, at, accident) == [[at, True, None]] * tp
+    else:
+        assert ranks.errors(tp, run, config, at, accident) == ["something else broke"] * tp
+        with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+    resumed = replaced(config, "run", resume=True, sample_tokens=3)
+    assert all(result[:2] == [6, False] for result in ranks.run(tp, run, resumed))
+    assert metrics_of(config) == metrics_of(whole)
+    assert weights_of(config, 6) == weights_of(whole, 6)
+    assert len(weights_of(config, 6)) == tp
+
+
+def test_metrics_hold_each_step_once_and_each_evaluation(whole_runs):
+    records = metrics_of(whole_runs[1])
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "held_out_loss" in r] == [3, 6]
+    assert all(r["tokens"] == 4 * 12 for r in records if "loss" in r)
+    assert records[0]["lr"] == pytest.approx(5e-4), "warm-up over round(0.3 * 6) = 2 steps"
+
+
+def test_a_finished_run_that_is_resumed_only_evaluates(ranks, whole_runs, tmp_path):
+    config = replaced(whole_runs[1], "run", out=str(tmp_path / "out"))
+    run(config)
+    before = metrics_of(config)
+    run(replaced(config, "run", resume=True))
+    assert metrics_of(config) == before
+
+
+def test_losses_at_tp_1_and_2(whole_runs):
+    for alone, parallel in zip(metrics_of(whole_runs[1]), metrics_of(whole_runs[2]), strict=True):
+        assert parallel == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_seed_decides(whole_runs, tmp_path):
+    again, other = (replaced(whole_runs[1], "run", out=str(tmp_path / str(seed)), seed=seed, save_every=0) for seed in (0, 1))
+    for config in (again, other):
+        run(config)
+    assert metrics_of(again) == metrics_of(whole_runs[1])
+    assert metrics_of(other)[0]["loss"] != metrics_of(again)[0]["loss"]
+
+
+def test_config_is_saved_beside_the_metrics(whole_runs):
+    saved = json.loads((Path(whole_runs[2].run.out) / "config.json").read_text())
+    assert saved["parallel"]["tp"] == 2
+    assert saved["model"]["ffn_size"] == 23
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("optimizer", {"lr": 0.5}, ["optimizer.lr is 0.5", "was 0.001"]),
+        ("run", {"seed": 3}, ["run.seed is 3", "was 0"]),
+        ("run", {"steps": 9}, ["run.steps is 9", "was 6"]),
+        ("model", {"ffn_size": 24}, ["model.ffn_size is 24", "was 23"]),
+        ("model", {"layers": 2}, ["model.layers is 2", "was 1"]),
+        ("data", {"sequence_length": 10}, ["data.sequence_length is 10", "was 12"]),
+    ],
+)
+def test_resuming_another_run_is_refused_by_key_and_values(whole_runs, section, values, told):
+    before = metrics_of(whole_runs[1])
+    message = run_or_refuse([replaced(replaced(whole_runs[1], "run", resume=True), section, **values)])
+    assert all(part in message for part in told), message
+    assert "step-00000006" in message
+    assert metrics_of(whole_runs[1]) == before
+
+
+def test_resuming_on_another_corpus_is_refused(whole_runs, tmp_path):
+    config = replaced(whole_runs[1], "run", resume=True)
+    assert "data.corpus is" in run_or_refuse([replaced(config, "data", corpus=corpus(tmp_path))])
+    path = Path(config.data.corpus)
+    text = path.read_text()
+    path.write_text(text + " more")
+    try:
+        assert run_or_refuse([config]).startswith("corpus is ")
+    finally:
+        path.write_text(text)
+
+
+def test_runs_that_would_lose_or_lack_files_are_refused_on_all_ranks(ranks, whole_runs, tmp_path):
+    config = whole_runs[2]
+    before = metrics_of(config)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    cases = {
+        "holds checkpoints of an earlier run": config,
+        "holds no checkpoint to resume from": replaced(config, "run", resume=True, out=str(tmp_path / "none")),
+        "cannot hold the metrics": replaced(config, "run", out=str(blocked / "out")),
+        "does not exist": replaced(config, "data", corpus=str(tmp_path / "no.txt")),
+    }
+    for told, case in cases.items():
+        first, second = ranks.run(2, run_or_refuse, [case])
+        assert first == second
+        assert told in first
+    assert metrics_of(config) == before
+
+
+def test_a_prompt_that_the_tokenizer_cannot_say_is_refused_before_training(whole_runs, tmp_path):
+    config = replaced(replaced(whole_runs[1], "data", tokenizer="characters"), "run", prompt="\N{SNOWMAN}", out=str(tmp_path / "out"))
+    assert "U+2603" in run_or_refuse([config])
+    assert not (tmp_path / "out").exists()
+
+
+def test_configs_that_differ_between_ranks_are_refused_on_all(ranks, whole_runs, tmp_path):
+    config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"))
+    first, second = ranks.run(2, run_or_refuse, [config, replaced(config, "run", save_every=1)])
+    assert first == second
+    assert "run.save_every must be the same on all ranks of world and differs (rank 0: 2, rank 1: 1)" in first
+
+
+def test_evaluation_covers_each_held_out_target_once(whole_runs):
+    config = whole_runs[1]
+    text = load_text(config.data, 0)
+    model = Decoder(config.model, text.tokenizer.vocab_size, ParallelMesh.alone(), seed=1)
+    losses = []
+    s = config.data.sequence_length
+    tokens = torch.from_numpy(text.held_out).long()
+    for first in range(0, len(tokens) - 1, s):
+        inputs, targets = tokens[first : first + s], tokens[first + 1 : first + s + 1]
+        losses += F.cross_entropy(model(inputs[None, : len(targets)]).detach(), targets, reduction="none").tolist()
+    assert len(losses) == len(text.held_out) - 1
+    assert len(losses) % s, "else no window is padded"
+    for batch in (1, 3, 100):
+        assert evaluate(model, text, batch) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_a_training_step_sees_the_samples_of_its_number(whole_runs):
+    text = load_text(whole_runs[1].data, 0)
+    inputs, targets = text.samples(8, 4)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    whole = torch.cat([text.samples(8 + i, 1)[0] for i in range(4)])
+    assert torch.equal(inputs, whole)
+
+
+def test_no_step_is_taken_twice_by_a_newest_checkpoint_of_a_stopped_save(ranks, whole_runs, tmp_path):
+    config = replaced(whole_runs[1], "run", out=str(tmp_path / "out"))
+    run(config, 3, "interrupt")
+    (tmp_path / "out" / "checkpoints" / "step-00000005.tmp").mkdir()
+    assert newest_checkpoint(tmp_path / "out" / "checkpoints").name == "step-00000003"
+    assert run(replaced(config, "run", resume=True))[:2] == [6, False]
+    assert [r["step"] for r in metrics_of(config) if "loss" in r] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,175 @@
+"""One optimizer step against plain PyTorch: the division, the norm, the clipping, the decay groups, AdamW."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megapar import ParallelMesh
+from megapar.models.config import DecoderConfig, gpt_style
+from megapar.models.decoder import Decoder
+from megapar.objectives.causal_lm import IGNORED
+from megapar.params import named_specs
+from megapar.training.config import OptimizerConfig
+from megapar.training.step import TrainStep
+from tests.parity import boxes, logical
+
+VOCAB = 31
+LLAMA = DecoderConfig(hidden_size=16, layers=1, heads=4, kv_heads=1, ffn_size=23, init_std=0.3)
+GPT = gpt_style(hidden_size=16, layers=1, heads=4, max_positions=8, init_std=0.3)
+# A large eps keeps AdamW smooth: where g is near 0 its update would otherwise be the sign of rounding.
+SMOOTH = OptimizerConfig(eps=1e-3, max_norm=0.5, weight_decay=0.3)
+
+
+def micro_batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Three of different token counts, so that a mean of means is wrong."""
+    generator = torch.Generator().manual_seed(step)
+    found = []
+    for ignored in (0, 5, 9):
+        tokens = torch.randint(0, VOCAB, (2, 8), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets.view(-1)[:ignored] = IGNORED
+        found.append((tokens[:, :-1], targets))
+    return found
+
+
+def train(config: DecoderConfig, options: OptimizerConfig, tp: int, sequence_parallel: bool) -> tuple[list[Any], Decoder]:
+    mesh = ParallelMesh(tp=tp)
+    model = Decoder(config, VOCAB, mesh, sequence_parallel=sequence_parallel, seed=1)
+    step, told = TrainStep(model, options, mesh), []
+    for i in range(3):
+        for inputs, targets in micro_batches(i):
+            step.accumulate(inputs, targets)
+        result = step.update(0.01 * (i + 1), stop=False)
+        told.append([result.loss, result.grad_norm, result.tokens])
+    return told, model
+
+
+def train_plainly(config: DecoderConfig, options: OptimizerConfig) -> tuple[list[Any], Decoder]:
+    """The same in fp64 with torch alone, one batch a step."""
+    model = Decoder(config, VOCAB, ParallelMesh.alone(), seed=1).double()
+    no_decay = [p for p in model.parameters() if p.dim() == 1]
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer, told = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, foreach=False), []
+    for i in range(3):
+        inputs, targets = (torch.cat(column) for column in zip(*micro_batches(i), strict=True))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets.reshape(-1), ignore_index=IGNORED)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_norm or 1e9)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (i + 1)
+        optimizer.step()
+        told.append([float(loss.detach()), float(norm), int((targets != IGNORED).sum())])
+    return told, model
+
+
+def compare(config: DecoderConfig, tp: int, sequence_parallel: bool, max_norm: float | None) -> list[Any]:
+    options = OptimizerConfig(eps=1e-3, max_norm=max_norm, weight_decay=0.3)
+    expected_told, expected_model = train_plainly(config, options)
+    told, model = train(config, options, tp, sequence_parallel)
+    for found, expected in zip(told, expected_told, strict=True):
+        assert found == pytest.approx(expected, rel=2e-5)
+    mine = logical(model, lambda p: p)
+    for key, weight in boxes(model, logical(expected_model, lambda p: p)).items():
+        worst = float((mine[key].double() - weight).abs().max())
+        assert worst <= 2e-5, f"{key[0]}: {worst:.1e}"
+    return told
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("max_norm", [0.5, None])
+def test_three_steps_are_those_of_plain_torch(config, max_norm):
+    told = compare(config, 1, False, max_norm)
+    assert [tokens for _, _, tokens in told] == [28, 28, 28]
+    assert all(norm > 0.5 for _, norm, _ in told), "else nothing is clipped"
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, False), (2, True), (3, True)])
+def test_three_parallel_steps_are_those_of_plain_torch(ranks, tp, sequence_parallel):
+    for config in (LLAMA, GPT):
+        results = ranks.run(tp, compare, config, tp, sequence_parallel, 0.5)
+        assert all(told == results[0] for told in results)
+
+
+def test_only_matrices_decay():
+    mesh = ParallelMesh.alone()
+    model = Decoder(GPT, VOCAB, mesh)
+    # With a huge eps the gradient moves nothing, and what changes is the decay.
+    step = TrainStep(model, OptimizerConfig(eps=1e30, weight_decay=0.5), mesh)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    before = {name: param.detach().clone() for name, param, _ in named_specs(model)}
+    step.accumulate(*micro_batches(0)[0])
+    step.update(0.1, stop=False)
+    for name, param, _ in named_specs(model):
+        kept = 1.0 if name.endswith("bias") or "norm" in name else 1.0 - 0.1 * 0.5
+        assert torch.allclose(param, kept * before[name], rtol=1e-6), name
+
+
+def test_the_same_gradients_give_torchs_bits():
+    mesh = ParallelMesh.alone()
+    ours, theirs = (Decoder(LLAMA, VOCAB, mesh, seed=1) for _ in range(2))
+    step = TrainStep(ours, OptimizerConfig(max_norm=None, weight_decay=0.0), mesh)
+    optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    for i in range(3):
+        for inputs, targets in micro_batches(i):
+            step.accumulate(inputs, targets)
+        step.grads.finish()
+        for mine, other in zip(step.grads.params, theirs.parameters(), strict=True):
+            other.grad = mine.main_grad * (1.0 / 28)
+        step.update(1e-3, stop=False)
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_gradients_do_not_leak_into_the_next_step():
+    mesh = ParallelMesh.alone()
+    model = Decoder(LLAMA, VOCAB, mesh, seed=1)
+    step = TrainStep(model, SMOOTH, mesh)
+    results = []
+    for _ in range(2):
+        step.accumulate(*micro_batches(0)[1])
+        results.append(step.update(1e-30, stop=False))  # too small to change a weight
+    assert results[0] == results[1]
+
+
+def refused(poison: str) -> list[Any]:
+    """What this rank raises when rank 1's share of the step is poisoned; whether its weights are as before."""
+    mesh = ParallelMesh(tp=2)
+    model = Decoder(LLAMA, VOCAB, mesh, seed=1)
+    step = TrainStep(model, SMOOTH, mesh)
+    if poison != "nothing counted":
+        step.accumulate(*micro_batches(0)[0])
+    if mesh.world.rank == 1 and poison != "nothing counted":
+        step.grads.params[0].main_grad[0, 0] = float(poison)
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        step.update(0.1, stop=False)
+    except ValueError as error:
+        return [str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))]
+    return []
+
+
+@pytest.mark.parametrize(("poison", "told"), [("nan", "norm is nan"), ("inf", "norm is inf"), ("nothing counted", "counted 0 tokens")])
+def test_a_step_that_cannot_be_taken_is_refused_by_all(ranks, poison, told):
+    first, second = ranks.run(2, refused, poison)
+    assert first == second
+    assert told in first[0]
+    assert first[1], "no weight has moved"
+
+
+def stop_wanted(by: int) -> bool:
+    mesh = ParallelMesh(tp=2)
+    step = TrainStep(Decoder(LLAMA, VOCAB, mesh), SMOOTH, mesh)
+    step.accumulate(*micro_batches(0)[0])
+    return step.update(0.1, stop=mesh.world.rank == by).stop
+
+
+def test_one_rank_that_wants_to_stop_stops_all(ranks):
+    assert ranks.run(2, stop_wanted, 1) == [True, True]
+    assert ranks.run(2, stop_wanted, 5) == [False, False]
