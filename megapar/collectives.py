@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.mesh import Axis, ParallelMesh
+from megapar.mesh import Axis, ParallelMesh, process_is_gone
 from megapar.params import Interval, spec_of
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
@@ -258,21 +258,22 @@ def raise_together(error: Exception | None, axis: Axis) -> None:
 
 
 def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) -> list[int]:
-    """After a collective failed: the global ranks that do not answer through the store within `wait`.
+    """After a collective failed: the global ranks that died, or else those that do not answer through the store within `wait`.
 
-    Those that died are among them; with gloo only a dead rank's neighbours see the failure at once, and ranks that still wait in the
-    collective do not answer either, until the mesh's timeout. Empty if it cannot be told: the store is gone, or not the mesh's.
+    With gloo only a dead rank's neighbours see the failure at once; others still wait in the collective and answer no more than a dead
+    one. On this host their processes tell them apart. Empty if it cannot be told: the store is gone, or not the mesh's.
     """
     if mesh.store is None:
         return []
-    missing: list[int] = []
+    silent: list[int] = []
     try:
         mesh.store.set(f"megapar/alive/{mesh.world.rank}", "1")
         for rank in mesh.world.ranks:
             try:
-                mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if missing else wait)
+                mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if silent else wait)
             except dist.DistStoreError:
-                missing.append(rank)
+                silent.append(rank)
+        dead = [rank for rank in silent if process_is_gone(mesh.store.get(f"megapar/process/{rank}").decode())]
     except dist.DistNetworkError:
         return []
-    return missing
+    return dead or silent

@@ -8,9 +8,11 @@ file runs in plain `python`.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -136,6 +138,7 @@ class ParallelMesh:
         # The store outlives a broken process group: it is how the survivors learn which rank is gone (collectives.missing_ranks).
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         self.store = store
+        store.set(f"megapar/process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         prefixed = dist.PrefixStore("megapar", store)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
@@ -167,6 +170,16 @@ def data_parallel_size(world_size: int, *, tp: int, pp: int = 1) -> int:
             f"start {more} (torchrun --nproc-per-node {more}, or megapar train --nproc {more}) or lower tp or pp"
         )
     return world_size // (tp * pp)
+
+
+def process_is_gone(address: str) -> bool:
+    """Whether "host pid" names a process of this host that has ended, reaped or not. False for those of other hosts."""
+    host, _, pid = address.partition(" ")
+    if host != socket.gethostname():
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    # Field 3, after the name in parentheses, is the state; Z is a process that ended and was not waited for.
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def _local_device() -> torch.device:

@@ -59,7 +59,8 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         model = Decoder(config.model, vocab_size, mesh, sequence_parallel=config.parallel.sequence_parallel, seed=config.run.seed)
         step = TrainStep(model, config.optimizer, mesh)
         run = _Run(config, mesh, text, model, step)
-    # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others.
+    # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
+    # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
     with _interrupts() as interrupted, named_failures(mesh):
         return run.go(interrupted)
 
