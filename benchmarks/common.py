@@ -185,7 +185,8 @@ class _Counter(TorchDispatchMode):
             return NotImplemented  # it runs next, and its local ops come back here
         if func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
             name = func.name().partition("::")[2]
-            if not name.startswith(("wait_tensor", "_wrap", "monitored", "barrier")):
+            # Between two ranks a send and its receive are one exchange.
+            if not name.startswith(("wait_tensor", "_wrap", "monitored", "barrier", "recv")):
                 self.counts.collectives += 1
                 self.counts.sent += _sent(name, args)
         else:
@@ -203,6 +204,8 @@ def _sent(name: str, args: Any) -> int:
     for arg in args[:2]:
         flat += [arg] if isinstance(arg, Tensor) else [t for t in arg if isinstance(t, Tensor)] if isinstance(arg, list | tuple) else []
     largest = max((t.numel() * t.element_size() for t in flat), default=0)
+    if name.startswith("send"):
+        return largest
     if "reduce" in name and "scatter" not in name:
         return 2 * largest * (n - 1) // n
     if name.startswith("all_gather_into_tensor"):

@@ -1,4 +1,4 @@
-"""Communication along one Axis: the collectives, and the autograd pairs that parallel layers are made of.
+"""What ranks along one Axis do together: the autograd pairs that parallel layers are made of, and agreements of the host.
 
 The pairs are Megatron's f and g (arXiv:1909.08053, section 3) and their sequence-parallel forms (arXiv:2205.05198, section 4.2.2):
 
@@ -16,7 +16,7 @@ gloo kills the process when ranks disagree on a size, so shapes must agree befor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,66 +26,7 @@ from torch import Tensor
 
 from megapar.mesh import Axis, ParallelMesh, process_is_gone
 from megapar.params import Interval, spec_of
-
-# torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Pending:
-    """A collective under way; `wait()` gives its result."""
-
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor]) -> None:
-        self._work, self._finish = work, finish
-
-    def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-        return self._finish()
-
-
-def _group(axis: Axis) -> dist.ProcessGroup:
-    # torch takes None for the whole world (test_collectives.py::test_layout_axis_cannot_communicate).
-    if axis.group is None:
-        raise ValueError(f"axis {axis.name} of size {axis.size} only describes a layout: take the axis of a ParallelMesh to communicate")
-    return axis.group
-
-
-def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """Starts summing `x`, contiguous, in place over the axis."""
-    return Pending(dist.all_reduce(x, group=_group(axis), async_op=True), lambda: x)
-
-
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """Starts joining every rank's [c, ...] into [size * c, ...]."""
-    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return Pending(_all_gather(out, x.contiguous(), group=_group(axis), async_op=True), lambda: out)
-
-
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """Starts summing [t, ...] over the axis; this rank gets rows [rank * c, (rank + 1) * c), c = ceil(t / size), zeros past t.
-
-    On gloo each rank sends its shards to their owners, which add them in rank order, in fp32 for 16-bit inputs: gloo's own
-    reduce-scatter is an all-reduce inside, with twice the bytes and a rounding at every hop.
-    """
-    c = -(-x.shape[0] // axis.size)
-    if c * axis.size != x.shape[0]:
-        x = torch.cat([x, x.new_zeros((c * axis.size - x.shape[0], *x.shape[1:]))])
-    x = x.contiguous()
-    if x.device.type == "cuda":
-        out = x.new_empty((c, *x.shape[1:]))
-        return Pending(_reduce_scatter(out, x, group=_group(axis), async_op=True), lambda: out)
-    parts = torch.empty_like(x)
-    work = dist.all_to_all_single(parts, x, group=_group(axis), async_op=True)
-    return Pending(work, lambda: _ordered_sum(parts.view(axis.size, c, *x.shape[1:])))
-
-
-def _ordered_sum(parts: Tensor) -> Tensor:
-    wide = torch.promote_types(parts.dtype, torch.float32)
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total.to(parts.dtype)
+from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 
 def all_gather_last(x: Tensor, axis: Axis, parts: Sequence[Interval]) -> Tensor:
@@ -94,8 +35,7 @@ def all_gather_last(x: Tensor, axis: Axis, parts: Sequence[Interval]) -> Tensor:
     sent = x.new_zeros((*x.shape[:-1], widest)) if x.shape[-1] < widest else x.contiguous()
     if x.shape[-1] < widest:
         sent[..., : x.shape[-1]] = x
-    out = x.new_empty((axis.size, *sent.shape))
-    _all_gather(out.view(-1, widest), sent.view(-1, widest), group=_group(axis))
+    out = start_all_gather(sent[None], axis).wait()
     return torch.cat([out[r, ..., : stop - start] for r, (start, stop) in enumerate(parts)], dim=-1)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megapar.params import spec_of
+from megapar.transport import start_all_reduce
 
 
 def target(param: Tensor) -> tuple[Tensor | None, float]:
@@ -72,12 +72,15 @@ class MainGrads:
 
         A rank that used a parameter and one that did not take part in the same collectives: the order is the parameters'.
         """
+        sums = []
         for param in self.params:
             spec = spec_of(param)
             if not param._main_grad_written:
                 add(param, torch.zeros((), dtype=param.main_grad.dtype, device=param.device).expand_as(param))
             if spec is not None and spec.grad_sum is not None and spec.grad_sum.size > 1:
-                dist.all_reduce(param.main_grad, group=spec.grad_sum.group)
+                sums.append(start_all_reduce(param.main_grad, spec.grad_sum))
+        for pending in sums:
+            pending.wait()
 
     def detach(self) -> None:
         """Gives the parameters back to plain PyTorch."""

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapar.collectives import run_eagerly, start_all_gather
+from megapar.collectives import run_eagerly
 from megapar.layers.embedding import check_ids
 from megapar.mesh import Axis, TensorParallel, as_axis
 from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cross_entropy_loss, cross_entropy_statistics
 from megapar.params import split
+from megapar.transport import start_all_gather
 
 
 def vocab_parallel_cross_entropy(

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapar import grads
-from megapar.collectives import check_same, run_eagerly, start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.collectives import check_same, run_eagerly
 from megapar.mesh import Axis, TensorParallel, as_axis
 from megapar.params import Init, ParamSpec, Piece, SpecParameter, draw, split
+from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 
 class VocabParallelEmbedding(nn.Module):

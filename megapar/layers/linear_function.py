@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from megapar import grads
-from megapar.collectives import Pending, run_eagerly, start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.collectives import run_eagerly
 from megapar.mesh import Axis
 from megapar.ops.linear import linear, linear_bias_grad, linear_input_grad, linear_weight_grad
+from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, None, None]
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed import all_reduce
 
 from megapar.mesh import ParallelMesh
 from megapar.params import spec_of
+from megapar.transport import start_all_reduce
 
 
 def gradient(param: Tensor) -> Tensor | None:
@@ -53,8 +53,7 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float, *, mesh: Parallel
     params = list(params)
     squares = sum_of_squares(params, mesh)
     if mesh is not None and mesh.tp.size > 1:
-        squares = squares.to(mesh.device)
-        all_reduce(squares, group=mesh.tp.group)
+        squares = start_all_reduce(squares.to(mesh.device), mesh.tp).wait()
     norm = squares.sqrt()
     grads = [grad for grad in map(gradient, params) if grad is not None]
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)

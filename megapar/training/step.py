@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce
 
 from megapar.grads import MainGrads
 from megapar.mesh import ParallelMesh
@@ -15,6 +14,7 @@ from megapar.objectives.causal_lm import causal_lm_loss
 from megapar.optim.grad_norm import sum_of_squares
 from megapar.params import named_specs
 from megapar.training.config import OptimizerConfig
+from megapar.transport import start_all_reduce
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,7 +58,7 @@ class TrainStep:
         squares = sum_of_squares(self.grads.params, self.mesh)
         shared = torch.stack([squares, squares.new_tensor(float(stop))])
         if self.mesh.tp.size > 1:
-            all_reduce(shared, group=self.mesh.tp.group)
+            shared = start_all_reduce(shared, self.mesh.tp).wait()
         grad_norm = float(shared[0].sqrt()) / self._count
         loss = float(self._loss) / self._count
         if not torch.isfinite(shared[0]):

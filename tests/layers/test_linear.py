@@ -172,8 +172,8 @@ def wire(sequence_parallel: bool) -> tuple[Counter[str], Counter[str]]:
 def test_collectives_of_a_pair(ranks):
     """Megatron's count: f and g are one all-reduce each; under sequence parallelism the input is gathered again for its weight."""
     assert ranks.run(2, wire, False) == [({"all_reduce": 1}, {"all_reduce": 1})] * 2
-    gather_and_scatter = {"all_gather": 1, "all_to_all_single": 1}
-    assert ranks.run(2, wire, True) == [(gather_and_scatter, {"all_gather": 2, "all_to_all_single": 1})] * 2
+    gather_and_scatter = {"all_gather": 1, "reduce_scatter": 1}
+    assert ranks.run(2, wire, True) == [(gather_and_scatter, {"all_gather": 2, "reduce_scatter": 1})] * 2
 
 
 def frozen_wire() -> None:
@@ -185,7 +185,7 @@ def frozen_wire() -> None:
     y = row(column(x))
     with counted() as calls:
         y.sum().backward()
-    assert calls == {"all_to_all_single": 1}, "a frozen weight needs no input"
+    assert calls == {"reduce_scatter": 1}, "a frozen weight needs no input"
     assert column.weight.grad is None and x.grad is not None
     column.weight.requires_grad_(True)
     y = row(column(x.detach()))
