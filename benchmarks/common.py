@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megapar.shared_memory import SharedMemory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -161,7 +164,7 @@ class Counts:
 
     ops: aten ops below autograd; kernels: those that are neither views nor empty allocations, so that a GPU would launch them.
     sent: bytes this rank must send if every collective uses the fewest (n ranks: all-reduce 2 (n - 1) / n of the tensor,
-    all-gather, reduce-scatter and all-to-all (n - 1) / n of the whole one).
+    all-gather, reduce-scatter and all-to-all (n - 1) / n of the whole one); through shared memory, what it posts.
     """
 
     ops: int = 0
@@ -216,7 +219,8 @@ def _sent(name: str, args: Any) -> int:
 def count(contender: Contender, data: Any) -> Counts:
     """Counts of one step."""
     inputs = contender.prepare(data)
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter, _counting_shared_memory(counter.counts):
         contender.step(inputs)
     inputs = contender.prepare(data)
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -225,6 +229,20 @@ def count(contender: Contender, data: Any) -> Counts:
     events = results.kineto_results.events()
     counter.counts.allocations = sum(e.name() == "[memory]" and e.nbytes() > 0 for e in events)
     return counter.counts
+
+
+@contextlib.contextmanager
+def _counting_shared_memory(counts: Counts) -> Iterator[None]:
+    """Adds the collectives that torch does not see because they go through memory that the ranks share."""
+    real = SharedMemory.start
+
+    def start(memory: SharedMemory, x: Tensor, read: Any) -> Any:
+        counts.collectives += 1
+        counts.sent += x.numel() * x.element_size()
+        return real(memory, x, read)
+
+    with mock.patch.object(SharedMemory, "start", start):
+        yield
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ gloo kills the process when ranks disagree on a size, so shapes must agree befor
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.mesh import Axis, ParallelMesh, process_is_gone
+from megapar.mesh import Axis, ParallelMesh
 from megapar.params import Interval, spec_of
+from megapar.shared_memory import process_is_gone
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 
@@ -213,7 +215,8 @@ def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) ->
                 mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if silent else wait)
             except dist.DistStoreError:
                 silent.append(rank)
-        dead = [rank for rank in silent if process_is_gone(mesh.store.get(f"megapar/process/{rank}").decode())]
+        places = {rank: mesh.store.get(f"megapar/process/{rank}").decode().split() for rank in silent}
+        dead = [rank for rank, (host, process) in places.items() if host == socket.gethostname() and process_is_gone(int(process))]
     except dist.DistNetworkError:
         return []
     return dead or silent

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from megapar.shared_memory import SharedMemory, connect
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Axis:
 
     `ranks` are the global ranks along the axis, `rank` is this process's position among them, and `group` is the process group that
     joins them: None for an axis of size 1, and for one that only describes a layout and never communicates. `timeout` is that of the
-    group, for the groups made from it.
+    group, for the groups made from it; `memory` is what its ranks share if they are on one host's CPUs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
+    memory: SharedMemory | None = None
     _subsets: dict[tuple[int, ...], Axis] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Axis:
@@ -111,6 +113,8 @@ class ParallelMesh:
         group = dist.group.WORLD if world_size > 1 else None
         self.world = Axis("world", rank, world_size, tuple(range(world_size)), group, timeout)
         self.tp = self._axis("tp", [[start + i for i in range(tp)] for start in range(0, world_size, tp)], timeout)
+        if self.tp.group is not None and self.device.type == "cpu" and dist.get_backend(self.tp.group) == "gloo":
+            self.tp = replace(self.tp, memory=connect(self.tp.rank, tp, self.tp.group, timeout.total_seconds()))
         self.dp = self._axis("dp", [[p * tp * dp + i + j * tp for j in range(dp)] for p in range(pp) for i in range(tp)], timeout)
         self.pp = self._axis("pp", [[i + p * tp * dp for p in range(pp)] for i in range(tp * dp)], timeout)
 
@@ -170,16 +174,6 @@ def data_parallel_size(world_size: int, *, tp: int, pp: int = 1) -> int:
             f"start {more} (torchrun --nproc-per-node {more}, or megapar train --nproc {more}) or lower tp or pp"
         )
     return world_size // (tp * pp)
-
-
-def process_is_gone(address: str) -> bool:
-    """Whether "host pid" names a process of this host that has ended, reaped or not. False for those of other hosts."""
-    host, _, pid = address.partition(" ")
-    if host != socket.gethostname():
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    # Field 3, after the name in parentheses, is the state; Z is a process that ended and was not waited for.
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def _local_device() -> torch.device:

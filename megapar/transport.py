@@ -1,20 +1,22 @@
 """Collectives along one Axis, started now and waited for later.
 
-On CUDA they are NCCL's. On CPU, a tensor goes straight from each rank to each other, and what arrives is added in rank order in at least
-fp32. For all-gather and reduce-scatter that moves the fewest bytes there are, for an all-reduce as long as the ranks are two; and it
-takes one message each way, where gloo's own collectives take several (its reduce-scatter is an all-reduce inside) and round 16-bit sums
-at every hop. `benchmarks/overhead.py` measures the difference.
+On CUDA they are NCCL's. On CPU every rank gets every other's tensor and adds them itself, in rank order, in at least fp32: through memory
+that the ranks of a host share (`megapar.shared_memory`) as long as the tensor fits, else as one message to each through the process
+group. gloo's own collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop.
+`benchmarks/overhead.py` measures the difference. An all-reduce of a large tensor over more than two ranks is gloo's, which sends less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
+from megapar.shared_memory import SharedMemory
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -23,8 +25,14 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 Works = Sequence[dist.Work | None]
 
 
-class Pending:
+class Pending(Protocol):
     """A collective under way; `wait()` gives its result."""
+
+    def wait(self) -> Tensor: ...
+
+
+class _Messages:
+    """A collective made of messages through the process group."""
 
     def __init__(self, works: Works, finish: Callable[[], Tensor]) -> None:
         self._works, self._finish = works, finish
@@ -45,24 +53,30 @@ def group_of(axis: Axis) -> dist.ProcessGroup:
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     """Starts summing `x`, contiguous, in place over the axis."""
+    memory = _memory(x, axis)
+    if memory is not None:
+        return memory.start(x, lambda parts: _ordered_sum(parts, x))
     if x.device.type != "cpu" or axis.size != 2:
-        return Pending([dist.all_reduce(x, group=group_of(axis), async_op=True)], lambda: x)
+        return _Messages([dist.all_reduce(x, group=group_of(axis), async_op=True)], lambda: x)
     other = torch.empty_like(x)
     works = _exchange([x, x], [other, other], axis)
     # a + b is b + a to the last bit, so both ranks hold the same sum.
-    return Pending(works, lambda: x.add_(other))
+    return _Messages(works, lambda: x.add_(other))
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Starts joining every rank's [c, ...] into [size * c, ...]."""
     x = x.contiguous()
+    memory = _memory(x, axis)
+    if memory is not None:
+        return memory.start(x, torch.cat)
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     if x.device.type != "cpu":
-        return Pending([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
+        return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
     parts = out.view(axis.size, *x.shape).unbind()
     works = _exchange([x] * axis.size, parts, axis)
     parts[axis.rank].copy_(x)
-    return Pending(works, lambda: out)
+    return _Messages(works, lambda: out)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -71,14 +85,18 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     if c * axis.size != x.shape[0]:
         x = torch.cat([x, x.new_zeros((c * axis.size - x.shape[0], *x.shape[1:]))])
     x = x.contiguous()
+    memory = _memory(x, axis)
+    if memory is not None:
+        rows = slice(axis.rank * c, (axis.rank + 1) * c)
+        return memory.start(x, lambda parts: _ordered_sum([part[rows] for part in parts]))
     if x.device.type != "cpu":
         out = x.new_empty((c, *x.shape[1:]))
-        return Pending([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
+        return _Messages([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
     mine = x.view(axis.size, c, *x.shape[1:]).unbind()
     received = [torch.empty_like(part) for part in mine]
     received[axis.rank] = mine[axis.rank]
     works = _exchange(mine, received, axis)
-    return Pending(works, lambda: _ordered_sum(received))
+    return _Messages(works, lambda: _ordered_sum(received))
 
 
 def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis) -> Works:
@@ -88,8 +106,17 @@ def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis) -
     return [group.recv([receives[r]], r, 0) for r in others] + [group.send([sends[r]], r, 0) for r in others]
 
 
-def _ordered_sum(parts: Sequence[Tensor]) -> Tensor:
+def _memory(x: Tensor, axis: Axis) -> SharedMemory | None:
+    """The memory to go through, the same answer on every rank that has a tensor of this size."""
+    memory = axis.memory
+    return memory if memory is not None and x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= memory.slot else None
+
+
+def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Rank by rank, in at least fp32, rounded once; into `out` if given."""
+    if len(parts) == 2:
+        return torch.add(parts[0], parts[1], out=out)  # which rounds a 16-bit sum once
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
     for part in parts[1:]:
         total += part
-    return total.to(parts[0].dtype)
+    return total.to(parts[0].dtype) if out is None else out.copy_(total)

@@ -1,0 +1,133 @@
+"""Memory between the ranks of a host: what is read is what was posted, whoever is slow, and no rank waits for a dead one."""
+
+import os
+import random
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megapar import ParallelMesh, shared_memory
+from megapar.mesh import Axis
+from megapar.shared_memory import FOLDER, RING, SharedMemory, process_is_gone
+from megapar.transport import start_all_gather, start_all_reduce
+from tests.ranks import RankError
+
+SHARED = pytest.mark.skipif(shared_memory._host() == 0, reason="this processor or system shares no memory between ranks")
+
+
+def memory_of(axis: Axis) -> SharedMemory:
+    assert axis.memory is not None
+    return axis.memory
+
+
+def stress(world: int, rounds: int) -> None:
+    """Random sizes, several under way, waits out of order, and ranks that fall behind at random: a slot reused early would show."""
+    tp = ParallelMesh(tp=world).tp
+    plan, delays = random.Random(0), random.Random(tp.rank)
+    number = 0
+    for _ in range(rounds):
+        sizes = [plan.choice([1, 3, 1000, 50_000]) for _ in range(plan.randint(1, 2 * RING))]
+        order = plan.sample(range(len(sizes)), len(sizes))
+        pending = []
+        for size in sizes:
+            number += 1
+            pending.append((start_all_gather(torch.full((size,), float(number * world + tp.rank)), tp), size, number))
+            if delays.random() < 0.1:
+                time.sleep(0.002)
+        for i in order:
+            result, (_, size, told) = pending[i][0].wait(), pending[i]
+            assert torch.equal(result, torch.arange(told * world, (told + 1) * world).float().repeat_interleave(size))
+
+
+@SHARED
+@pytest.mark.parametrize("world", [2, 4])
+def test_stress(ranks, world):
+    ranks.run(world, stress, world, 60)
+
+
+def limits() -> None:
+    """Just what fits goes through the memory, one element more does not; the sums are the same bits."""
+    tp = ParallelMesh(tp=2).tp
+    fits = memory_of(tp).slot // 4
+    for size, through in ((fits, 1), (fits + 1, 0)):
+        before = memory_of(tp)._started
+        x = torch.randn(size, generator=torch.Generator().manual_seed(tp.rank))
+        expected = sum(torch.randn(size, generator=torch.Generator().manual_seed(r)) for r in range(2))
+        assert torch.equal(start_all_reduce(x, tp).wait(), expected)
+        assert memory_of(tp)._started - before == through
+
+
+@SHARED
+def test_limits(ranks):
+    ranks.run(2, limits)
+
+
+def made(broken: str) -> bool:
+    """Whether the axis shares memory, when something about it fails on one rank; it must work either way."""
+    stand_ins = {"host": (1, "_host", lambda: 12345), "room": (0, "_create", lambda total: 0), "map": (1, "_map", lambda path, total: None)}
+    rank, name, stand_in = stand_ins.get(broken, (None, "_host", None))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(shared_memory, name, stand_in)
+        tp = ParallelMesh(tp=2).tp
+    assert start_all_reduce(torch.ones(3), tp).wait().tolist() == [2.0] * 3
+    return tp.memory is not None
+
+
+@SHARED
+def test_ranks_agree_to_share(ranks):
+    files = sorted(FOLDER.glob("megapar-*"))
+    assert ranks.run(2, made, "") == [True, True]
+    for broken in ("host", "room", "map"):
+        assert ranks.run(2, made, broken) == [False, False]
+    assert sorted(FOLDER.glob("megapar-*")) == files, "the file lives only until it is mapped"
+
+
+def waits_for(what: str) -> str:
+    """Rank 1 dies or dawdles; what rank 0, which waits for it, is told, and how long that takes."""
+    tp = ParallelMesh(tp=2, timeout=timedelta(seconds=1)).tp
+    start_all_reduce(torch.ones(1), tp).wait()
+    begin = time.monotonic()
+    if tp.rank == 1:
+        if what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+        return ""
+    try:
+        start_all_reduce(torch.ones(1), tp).wait()
+    except RuntimeError as error:
+        assert time.monotonic() - begin < 2.5
+        return str(error)
+    return "the collective succeeded"
+
+
+@SHARED
+def test_hanging_peer(ranks):
+    told, _ = ranks.run(2, waits_for, "dawdles")
+    assert told == "rank 1 of the axis did not come within 1 s: it hangs, or calls other collectives"
+
+
+@SHARED
+def test_dead_peer(ranks):
+    with pytest.raises(RankError) as error:
+        ranks.run(2, waits_for, "dies")
+    assert set(error.value.errors) == {1}, "rank 0 came back by itself"
+
+
+def test_process_is_gone():
+    assert not process_is_gone(os.getpid())
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    deadline = time.monotonic() + 5
+    while not process_is_gone(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process_is_gone(child), "ended, not yet waited for"
+    os.waitpid(child, 0)
+    assert process_is_gone(child)
+    assert not Path(f"/proc/{child}").exists()
