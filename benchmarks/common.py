@@ -316,7 +316,8 @@ def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    command = ["python", "-m", module.name if module else Path(sys.argv[0]).name, *sys.argv[1:]]
+    arguments = [Path(argument).name if Path(argument).exists() else argument for argument in sys.argv[1:]]
+    command = ["python", "-m", module.name if module else Path(sys.argv[0]).name, *arguments]
     return {
         "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
         "date": datetime.date.today().isoformat(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,11 +43,14 @@ class DecoderConfig:
     """Standard deviation of initial weights; those that write to the residual stream get init_std / sqrt(2 layers)."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "heads", "ffn_size", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be 1 or more: raise it")
-        if self.kv_heads is not None and self.kv_heads < 1:
-            raise ValueError(f"model.kv_heads={self.kv_heads} must be 1 or more, or left out for as many as heads={self.heads}: change it")
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "head_size", "ffn_size", "max_positions"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"model.{name}={size} must be 1 or more: raise it")
+        for name in ("norm_eps", "init_std", "rope_theta"):
+            value = getattr(self, name)
+            if not (0 < value < math.inf or (value == 0 and name != "rope_theta")):
+                raise ValueError(f"model.{name}={value} must be {'above 0' if name == 'rope_theta' else '0 or more'} and finite: change it")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}: change one of them")
         if self.head_size is None and self.hidden_size % self.heads:

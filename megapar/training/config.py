@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -183,8 +184,8 @@ def check(config: Config) -> None:
         "optimizer.max_norm": 1.0 if optimizer.max_norm is None else optimizer.max_norm,
     }
     for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be above 0: raise it")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be above 0 and finite: change it")
     for name in ("eval_every", "save_every", "sample_tokens"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
