@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapar.shared_memory import SharedMemory
+from megapar.shared_memory import Kind, SharedMemory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -236,10 +236,10 @@ def _counting_shared_memory(counts: Counts) -> Iterator[None]:
     """Adds the collectives that torch does not see because they go through memory that the ranks share."""
     real = SharedMemory.start
 
-    def start(memory: SharedMemory, x: Tensor, read: Any) -> Any:
+    def start(memory: SharedMemory, kind: Kind, x: Tensor, read: Any) -> Any:
         counts.collectives += 1
         counts.sent += x.numel() * x.element_size()
-        return real(memory, x, read)
+        return real(memory, kind, x, read)
 
     with mock.patch.object(SharedMemory, "start", start):
         yield

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception, status: int) -> int:
-    """One sentence, and an end that does not wait for ranks which may be gone."""
+    """Says the sentence, with the rank that says it."""
     rank = os.environ.get("RANK")
     print(f"megapar: {error}" if rank is None else f"megapar: rank {rank}: {error}", file=sys.stderr, flush=True)
     return status

@@ -10,7 +10,8 @@ The pairs are Megatron's f and g (arXiv:1909.08053, section 3) and their sequenc
     split_last      this rank's part of the last dimension forward, all-gather backward
 
 Sequence parallelism shards dimension 0, padded with zero rows to a multiple of the axis. Nothing here communicates on an axis of size 1.
-gloo kills the process when ranks disagree on a size, so shapes must agree before a call: `check_same` is how a model's entry makes sure.
+A process group kills or hangs ranks that disagree on a size, so shapes must agree before a call: `check_same` is how a model's entry
+makes sure.
 """
 
 from __future__ import annotations

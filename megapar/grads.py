@@ -56,6 +56,7 @@ class MainGrads:
         for param in self.params:
             if getattr(param, "main_grad", None) is not None:
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} already has a main_grad: detach() the other MainGrads first")
+        for param in self.params:
             param.main_grad = torch.empty_like(param, dtype=dtype, requires_grad=False)
             self._hooks.append(param.register_post_accumulate_grad_hook(_move_grad))
         self.zero()
@@ -65,6 +66,7 @@ class MainGrads:
         for param in self.params:
             param.grad = None
             param._main_grad_written = False
+        self._finished = False
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -72,6 +74,9 @@ class MainGrads:
 
         A rank that used a parameter and one that did not take part in the same collectives: the order is the parameters'.
         """
+        if self._finished:
+            raise ValueError("finish() was called twice, which would sum partial gradients twice: call zero() before the next micro-batch")
+        self._finished = True
         sums = []
         for param in self.params:
             spec = spec_of(param)

@@ -26,7 +26,7 @@ class Axis:
 
     `ranks` are the global ranks along the axis, `rank` is this process's position among them, and `group` is the process group that
     joins them: None for an axis of size 1, and for one that only describes a layout and never communicates. `timeout` is that of the
-    group, for the groups made from it; `memory` is what its ranks share if they are on one host's CPUs.
+    group, for the groups made from it; `memory` is what the ranks of a mesh's tp share if they are on one host's CPUs.
     """
 
     name: str

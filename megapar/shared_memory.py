@@ -1,8 +1,9 @@
 """How CPU ranks of one host hand each other tensors: through memory that all of them map, without a system call.
 
 Every operation on an axis has a number, the same on all ranks. Rank r posts its tensor of operation k in slot k % RING of its own part
-of the memory and then sets posted[r] = k; whoever waits for k spins until every rank has posted it, reads, and sets finished[r] = k. A
-slot is written again only when all ranks have finished with what was in it.
+of the memory, with a signature of what it is, and then sets posted[r] = k; whoever waits for k spins until every rank has posted it,
+compares the signatures, reads, and sets finished[r] = k. A slot is written again only when all ranks have finished with what was in it.
+After an error the ranks may no longer agree on the numbers, so the memory refuses all further use.
 
 This relies on a processor that lets no store overtake an earlier one, which x86 promises and others do not: elsewhere, and between
 hosts, `megapar.transport` goes through the process group.
@@ -15,10 +16,11 @@ import mmap
 import os
 import platform
 import secrets
-import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,17 @@ MOST_BYTES = 48 << 20
 """Of one axis; containers often grant 64 MiB of shared memory in all."""
 LARGEST_SLOT = 4 << 20
 LINE = 64
-"""Bytes of a cache line: counters that different ranks write lie on different ones."""
+"""Bytes of a cache line: what different ranks write lies on different ones. A rank's holds its counter, then RING signatures."""
 SPINS, PATIENCE, NAP = 200, 0.02, 1e-4
 """Looks at a counter before yielding the core each time; seconds until naps replace that; seconds of a nap."""
+
+
+class Kind(IntEnum):
+    """Which collective a tensor was posted for."""
+
+    ALL_REDUCE = 1
+    ALL_GATHER = 2
+    REDUCE_SCATTER = 3
 
 
 class SharedMemory:
@@ -43,34 +53,57 @@ class SharedMemory:
 
     def __init__(self, memory: mmap.mmap, rank: int, size: int, slot: int, processes: list[int], timeout: float) -> None:
         self.rank, self.size, self.slot, self.timeout = rank, size, slot, timeout
-        counters = np.frombuffer(memory, np.int64, count=2 * size * LINE // 8).reshape(2, size, LINE // 8)
-        self._posted, self._finished = counters[0, :, 0], counters[1, :, 0]
+        lines = np.frombuffer(memory, np.int64, count=2 * size * LINE // 8).reshape(2, size, LINE // 8)
+        self._posted, self._signatures, self._finished = lines[0, :, 0], lines[0, :, 1 : 1 + RING], lines[1, :, 0]
         data = torch.frombuffer(memory, dtype=torch.uint8, offset=2 * size * LINE)
         self._slots = data.view(size, RING, slot).unbind()
         self._processes = processes
         self._started = 0
         self._under_way: deque[Posted] = deque()
+        self._broken: BaseException | None = None
 
-    def start(self, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Posted:
+    def start(self, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Posted:
         """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank, when it is waited for."""
-        self._started += 1
-        if len(self._under_way) == RING:
-            self._under_way[0].wait()
-        self._spin(self._finished, self._started - RING)
-        posted = Posted(self, self._started, x, read)
-        self._view(self.rank, posted).copy_(x)
-        self._posted[self.rank] = self._started
-        self._under_way.append(posted)
-        return posted
+        with self._whole():
+            self._started += 1
+            if len(self._under_way) == RING:
+                self._under_way[0].wait()
+            self._spin(self._finished, self._started - RING)
+            posted = Posted(self, self._started, kind, x, read)
+            self._view(self.rank, posted).copy_(x)
+            self._signatures[self.rank, posted.number % RING] = posted.signature
+            self._posted[self.rank] = self._started
+            self._under_way.append(posted)
+            return posted
 
     def finish(self, posted: Posted) -> Tensor:
         """Reads an operation once all ranks have posted it, and gives back the slots of those that are finished in a row."""
-        self._spin(self._posted, posted.number)
-        result = posted.read([self._view(r, posted) for r in range(self.size)])
-        posted.done = True
-        while self._under_way and self._under_way[0].done:
-            self._finished[self.rank] = self._under_way.popleft().number
-        return result
+        with self._whole():
+            self._spin(self._posted, posted.number)
+            for rank in range(self.size):
+                self._compare(rank, posted)
+            result = posted.read([self._view(r, posted) for r in range(self.size)])
+            posted.done = True
+            while self._under_way and self._under_way[0].done:
+                self._finished[self.rank] = self._under_way.popleft().number
+            return result
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is left in the middle, also by Ctrl-C, would pair later operations of this rank with earlier ones of others."""
+        if self._broken is not None:
+            raise RuntimeError(f"an earlier collective of this axis failed ({self._broken}): start the ranks again") from self._broken
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def _compare(self, rank: int, posted: Posted) -> None:
+        theirs = int(self._signatures[rank, posted.number % RING])
+        if theirs != posted.signature:
+            mine, other = (f"{Kind(s % 8).name} of {s // 64} x {s // 8 % 8 + 1} bytes" for s in (posted.signature, theirs))
+            raise RuntimeError(f"rank {rank} of the axis is in {other} and this one in {mine}: give all ranks the same calls and shapes")
 
     def _view(self, rank: int, posted: Posted) -> Tensor:
         return self._slots[rank][posted.number % RING][: posted.bytes].view(posted.dtype).view(posted.shape)
@@ -82,26 +115,31 @@ class SharedMemory:
                 spins += 1
                 if spins > SPINS:
                     begin = begin or time.monotonic()
-                    self._pause(rank, time.monotonic() - begin)
+                    trouble = self._pause(rank, time.monotonic() - begin)
+                    # It may have posted its last and ended while this rank slept: only a counter that is still behind counts.
+                    if trouble and counters[rank] < number:
+                        raise RuntimeError(trouble)
 
-    def _pause(self, rank: int, waited: float) -> None:
-        """Lets others run while this rank waits for `rank`. Raises RuntimeError when that one has died or the timeout has passed."""
+    def _pause(self, rank: int, waited: float) -> str | None:
+        """Lets others run while this rank waits for `rank`; why there is no more use in waiting, if so."""
         if waited < PATIENCE:
             os.sched_yield()
-            return
+            return None
         time.sleep(NAP)
         if process_is_gone(self._processes[rank]):
-            raise RuntimeError(f"rank {rank} of the axis died (process {self._processes[rank]}): see its output")
+            return f"rank {rank} of the axis died (process {self._processes[rank]}): see its output, and start the ranks again"
         if waited > self.timeout:
-            raise RuntimeError(f"rank {rank} of the axis did not come within {self.timeout:.0f} s: it hangs, or calls other collectives")
+            return f"rank {rank} of the axis did not come within {self.timeout:.0f} s: it hangs or is slower, raise the timeout if so"
+        return None
 
 
 class Posted:
     """An operation under way."""
 
-    def __init__(self, memory: SharedMemory, number: int, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> None:
+    def __init__(self, memory: SharedMemory, number: int, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> None:
         self.memory, self.number, self.read, self.done = memory, number, read, False
         self.shape, self.dtype, self.bytes = x.shape, x.dtype, x.numel() * x.element_size()
+        self.signature = x.numel() * 64 + (x.element_size() - 1) * 8 + kind
         self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
@@ -119,12 +157,14 @@ def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> S
         return None
     slot = min(LARGEST_SLOT, MOST_BYTES // (size * RING)) // LINE * LINE
     total = 2 * size * LINE + size * RING * slot
-    name = _everyone(_create(total) if rank == 0 else 0, size, group)[0]
-    path = FOLDER / f"megapar-{name:016x}"
-    memory = _map(path, total) if name else None
-    processes = _everyone(0 if memory is None else os.getpid(), size, group)
-    if name and rank == 0:
-        path.unlink()
+    created = _create(total) if rank == 0 else 0
+    try:
+        name = _everyone(created, size, group)[0]
+        memory = _map(_path(name), total) if name else None
+        processes = _everyone(0 if memory is None else os.getpid(), size, group)
+    finally:
+        if created:
+            _path(created).unlink()
     if memory is None or 0 in processes:
         return None
     return SharedMemory(memory, rank, size, slot, processes, timeout)
@@ -132,17 +172,21 @@ def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> S
 
 def process_is_gone(process: int) -> bool:
     """Whether a process of this host has ended, reaped or not."""
-    status = Path(f"/proc/{process}/stat")
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
     # The field after the name in parentheses is the state; Z is a process that ended and was not waited for.
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def _host() -> int:
-    """Equal where processes see the same shared memory; 0 where there is none, or the processor keeps no order of stores."""
+    """Equal where processes see the same memory and process numbers; 0 where none is shared, or the processor keeps no order of stores."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if platform.machine() not in ("x86_64", "AMD64") or not FOLDER.is_dir() or not boot.exists():
         return 0
-    digest = hashlib.sha256(f"{boot.read_text()} {FOLDER.stat().st_dev} {socket.gethostname()}".encode()).digest()
+    place = f"{boot.read_text()} {FOLDER.stat().st_dev} {os.readlink('/proc/self/ns/pid')}"
+    digest = hashlib.sha256(place.encode()).digest()
     return int.from_bytes(digest[:7], "little") + 1
 
 
@@ -152,17 +196,21 @@ def _everyone(value: int, size: int, group: dist.ProcessGroup) -> list[int]:
     return [int(v) for v in values]
 
 
+def _path(name: int) -> Path:
+    return FOLDER / f"megapar-{name:016x}"
+
+
 def _create(total: int) -> int:
     """The name of a new file of zeros with its pages reserved; 0 if there is no room, where touching them would kill the process."""
     name = secrets.randbits(62) + 1
     try:
-        descriptor = os.open(FOLDER / f"megapar-{name:016x}", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        descriptor = os.open(_path(name), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     except OSError:
         return 0
     try:
         os.posix_fallocate(descriptor, 0, total)
     except OSError:
-        os.unlink(FOLDER / f"megapar-{name:016x}")
+        _path(name).unlink()
         return 0
     finally:
         os.close(descriptor)

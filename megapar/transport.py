@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
-from megapar.shared_memory import SharedMemory
+from megapar.shared_memory import Kind, SharedMemory
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,12 +36,15 @@ class _Messages:
 
     def __init__(self, works: Works, finish: Callable[[], Tensor]) -> None:
         self._works, self._finish = works, finish
+        self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        for work in self._works:
-            if work is not None:
-                work.wait()
-        return self._finish()
+        if self._result is None:
+            for work in self._works:
+                if work is not None:
+                    work.wait()
+            self._result = self._finish()
+        return self._result
 
 
 def group_of(axis: Axis) -> dist.ProcessGroup:
@@ -55,7 +58,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     """Starts summing `x`, contiguous, in place over the axis."""
     memory = _memory(x, axis)
     if memory is not None:
-        return memory.start(x, lambda parts: _ordered_sum(parts, x))
+        return memory.start(Kind.ALL_REDUCE, x, lambda parts: _ordered_sum(parts, x))
     if x.device.type != "cpu" or axis.size != 2:
         return _Messages([dist.all_reduce(x, group=group_of(axis), async_op=True)], lambda: x)
     other = torch.empty_like(x)
@@ -69,7 +72,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     memory = _memory(x, axis)
     if memory is not None:
-        return memory.start(x, torch.cat)
+        return memory.start(Kind.ALL_GATHER, x, torch.cat)
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     if x.device.type != "cpu":
         return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
@@ -88,7 +91,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     memory = _memory(x, axis)
     if memory is not None:
         rows = slice(axis.rank * c, (axis.rank + 1) * c)
-        return memory.start(x, lambda parts: _ordered_sum([part[rows] for part in parts]))
+        return memory.start(Kind.REDUCE_SCATTER, x, lambda parts: _ordered_sum([part[rows] for part in parts]))
     if x.device.type != "cpu":
         out = x.new_empty((c, *x.shape[1:]))
         return _Messages([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
@@ -116,7 +119,8 @@ def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Rank by rank, in at least fp32, rounded once; into `out` if given."""
     if len(parts) == 2:
         return torch.add(parts[0], parts[1], out=out)  # which rounds a 16-bit sum once
-    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
+    dtype = parts[0].dtype
+    total = parts[0].to(torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype, copy=True)
     for part in parts[1:]:
         total += part
-    return total.to(parts[0].dtype) if out is None else out.copy_(total)
+    return total.to(dtype) if out is None else out.copy_(total)

@@ -109,7 +109,7 @@ def waits_for(what: str) -> str:
 @SHARED
 def test_hanging_peer(ranks):
     told, _ = ranks.run(2, waits_for, "dawdles")
-    assert told == "rank 1 of the axis did not come within 1 s: it hangs, or calls other collectives"
+    assert told.startswith("rank 1 of the axis did not come within 1 s: it hangs")
 
 
 @SHARED
@@ -131,3 +131,22 @@ def test_process_is_gone():
     os.waitpid(child, 0)
     assert process_is_gone(child)
     assert not Path(f"/proc/{child}").exists()
+
+
+def disagree(what: str) -> str:
+    """What each rank is told when their calls differ, and what a later call on the same axis says."""
+    tp = ParallelMesh(tp=2).tp
+    size = 4 if what == "size" and tp.rank == 1 else 2
+    start = start_all_reduce if what == "kind" and tp.rank == 1 else start_all_gather
+    with pytest.raises(RuntimeError) as first:
+        start(torch.ones(size), tp).wait()
+    with pytest.raises(RuntimeError, match="an earlier collective of this axis failed"):
+        start_all_gather(torch.ones(1), tp)
+    return str(first.value)
+
+
+@SHARED
+def test_disagreement_is_an_error(ranks):
+    told = ranks.run(2, disagree, "size")
+    assert told[0].startswith("rank 1 of the axis is in ALL_GATHER of 4 x 4 bytes and this one in ALL_GATHER of 2 x 4 bytes")
+    assert ranks.run(2, disagree, "kind")[1].startswith("rank 0 of the axis is in ALL_GATHER of 2 x 4 bytes and this one in ALL_REDUCE")

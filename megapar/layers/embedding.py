@@ -25,7 +25,7 @@ class VocabParallelEmbedding(nn.Module):
     With `sequence_parallel`, ids [t, ...] give this rank's share of the tokens, ceil(t / tp) of them along dimension 0, zeros past t.
     Initial values are nn.Embedding's from the same torch seed, whatever tp is. Raises ValueError for ids of a dtype that is not an
     integer's, ids outside the vocabulary (asserted on the device for CUDA ids), ids that differ between the ranks of tp (checked at each
-    call on CPU, where gloo would kill the process, and at the first one elsewhere), and for a vocabulary smaller than tp.
+    call on CPU, and at the first one elsewhere), and for a vocabulary smaller than tp.
     """
 
     def __init__(
@@ -109,11 +109,12 @@ def check_same_ids(ids: Tensor, axis: Axis) -> None:
         check_same({"dtype": str(ids.dtype), "shape": list(ids.shape), "crc32": digest}, axis, "token ids")
 
 
+@torch.compiler.disable
 def check_ids(ids: Tensor, size: int, what: str) -> None:
     """Raises ValueError unless `ids` are integers in [0, size). An id that no rank holds would silently become a zero row."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{what} have dtype {ids.dtype} and must be int64 or int32: convert them with .long()")
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+    if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
     if ids.device.type != "cpu":

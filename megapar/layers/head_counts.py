@@ -18,6 +18,8 @@ from megapar.mesh import Axis
 HEAD_SIZE = ("head_dim", "head_size", "d_head")
 HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+FUSED = ("qkv", "qkv_proj", "wqkv", "c_attn")
+"""Column layers known to hold q, k and v one after the other; others interleave them by head, which looks the same from outside."""
 GROUPS = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
 
 
@@ -50,8 +52,8 @@ def find_heads(module: nn.Module, roles: Mapping[str, Any]) -> Heads | None:
 def head_shards(module: nn.Module, roles: Mapping[str, Any], found: Heads, ranks: int) -> dict[str, tuple[Shards, ...]]:
     """How the module's column and row layers are cut, by child. One column layer that holds q, k and v is cut in its three parts.
 
-    Raises ValueError for a layer that is as wide as neither, for heads that cannot be cut, and for a fused layer whose KV heads would
-    have to be shared.
+    Raises ValueError for a layer that is as wide as neither, for heads that cannot be cut, and for a fused layer whose order is not known
+    or whose KV heads would have to be shared.
     """
     cut, d = split_heads(found.heads, found.kv_heads, ranks), found.head_size
     q = Shards(found.heads * d, d, intervals=tuple((a * d, b * d) for a, b in cut.q))
@@ -63,6 +65,8 @@ def head_shards(module: nn.Module, roles: Mapping[str, Any], found: Heads, ranks
             width = layer.out_features if role == "column" else layer.in_features
             if width not in by_width:
                 raise ValueError(f"{child} is {width} wide, not {found.heads} or {found.kv_heads} heads of {d}: give its parts in the plan")
+            if width == q.size + 2 * kv.size and child.lower() not in FUSED:
+                raise ValueError(f"{child} seems to fuse q, k and v in an order that its name does not tell: give its parts in the plan")
             shards[child] = by_width[width]
             if len(shards[child]) == 3 and ranks > found.kv_heads:
                 raise ValueError(f"{child} fuses q, k and v, whose {found.kv_heads} KV heads tp={ranks} would share: lower tp")

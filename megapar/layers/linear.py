@@ -37,8 +37,10 @@ class Shards:
         """Every rank's interval of [0, size)."""
         if self.intervals is None:
             return tuple(split(self.size, ranks, self.unit, what))
-        if len(self.intervals) != ranks or any(not 0 <= a < b <= self.size for a, b in self.intervals):
-            raise ValueError(f"{what}: intervals {self.intervals} must be {ranks} non-empty ones within [0, {self.size}): one a rank")
+        distinct = sorted(set(self.intervals))
+        tiles = [0, *(stop for _, stop in distinct)] == [*(start for start, _ in distinct), self.size]
+        if len(self.intervals) != ranks or not tiles or any(a >= b for a, b in distinct):
+            raise ValueError(f"{what}: intervals {self.intervals} must be {ranks}, one a rank, and tile [0, {self.size}): correct them")
         return self.intervals
 
 
@@ -143,6 +145,8 @@ class RowParallelLinear(nn.Module):
         self.tp = as_axis(tp)
         shards = in_features if isinstance(in_features, Shards) else Shards(in_features)
         self.cut = shards.cut(self.tp.size, "in_features")
+        if len(set(self.cut)) < self.tp.size:
+            raise ValueError(f"in_features: intervals {self.cut} repeat, and shared inputs would be summed twice: give each rank its own")
         self.in_features, self.out_features = shards.size, _positive(out_features, "out_features")
         self.input_is_parallel, self.sequence_parallel = input_is_parallel, sequence_parallel
         start, stop = self.cut[self.tp.rank]

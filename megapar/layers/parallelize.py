@@ -1,24 +1,27 @@
 """`parallelize`: tensor parallelism for a model that one does not own, by swapping its nn.Linear and nn.Embedding modules.
 
 A plan maps name patterns to roles. Each rank keeps its part of the weights that the model already has. Everything that no pattern names
-(norms, rotary tables) stays as it is, the same on all ranks.
+(norms, rotary tables) stays as it is, the same on all ranks. Parameters that an attention module keeps beside its planned layers (norms
+of queries and keys) see only this rank's heads: their gradients are summed over the ranks.
 """
 
 from __future__ import annotations
 
 import difflib
+import zlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from megapar.collectives import check_same
+from megapar.collectives import gather_json
 from megapar.layers.embedding import VocabParallelEmbedding
 from megapar.layers.head_counts import Heads, find_heads, head_shards, localize_head_counts
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
 from megapar.mesh import Axis, ParallelMesh
 from megapar.params import SpecParameter, spec_of
+from megapar.transport import start_all_reduce
 
 Role = str | Sequence[int | Shards]
 """`column`, `row`, `column_gather`, `vocab`, `replicate`, or the parts of a fused column layer, each cut by itself."""
@@ -30,6 +33,7 @@ TRANSFORMERS_ROLES = {
     "colwise_gather_output": "column_gather",
     "colwise_rep": "column_gather",
     "embedding_rowwise": "vocab",
+    "replicated_with_grad_allreduce": "replicate",
 }
 ROLES = {"column": nn.Linear, "row": nn.Linear, "column_gather": nn.Linear, "vocab": nn.Embedding, "replicate": nn.Module}
 
@@ -59,10 +63,14 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: Mapping[str, Role] |
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in made.items():
         _move_weights(name, model.get_submodule(name), layer, shared)
+    _check_ties(model, made, shared)
     for name, layer in made.items():
         setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
     for parent, heads in attention.items():
         localize_head_counts(model.get_submodule(parent), heads, mesh.tp)
+        for param in model.get_submodule(parent).parameters():
+            if spec_of(param) is None and param.requires_grad:
+                param.register_hook(lambda grad: start_all_reduce(grad.clone(), mesh.tp).wait())
     return model
 
 
@@ -73,7 +81,7 @@ def match_plan(model: nn.Module, plan: Mapping[str, Role]) -> dict[str, Role]:
     for pattern, asked in plan.items():
         role = TRANSFORMERS_ROLES.get(asked, asked) if isinstance(asked, str) else asked
         if isinstance(role, str) and role not in ROLES:
-            raise ValueError(f'plan: role "{role}" of pattern "{pattern}" is not one of {", ".join(ROLES)}: use one, or leave it out')
+            raise ValueError(f'plan: role "{role}" of pattern "{pattern}" is not one of {", ".join(ROLES)}: use one of those')
         names = [name for name in modules if fnmatchcase(name, pattern)]
         if not names:
             near = difflib.get_close_matches(pattern, [n for n, m in modules.items() if isinstance(m, (nn.Linear, nn.Embedding))], 1, 0.0)
@@ -137,13 +145,22 @@ def _move_weights(name: str, old: nn.Module, new: nn.Module, shared: dict[nn.Par
         setattr(new, leaf, shared[full])
 
 
+def _check_ties(model: nn.Module, made: Mapping[str, nn.Module], shared: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in made and any(param in shared for param in module.parameters(recurse=False)):
+            raise ValueError(f"{name} holds a weight of a layer that the plan cuts and is not in the plan: add it with the same cut")
+
+
 def _check_weights(model: nn.Module, tp: Axis) -> None:
-    sums = []
+    digests = {}
     for name, param in model.named_parameters():
         if param.is_meta:
             raise ValueError(f"parameter {name} is on meta and has no values to keep: load or initialise the model first")
-        sums.append([name, list(param.shape), float(param.detach().double().sum())])
-    check_same(sums, tp, "the model's [name, shape, sum] of each weight")
+        digests[name] = [list(param.shape), zlib.crc32(param.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())]
+    ranks = gather_json(digests, tp)
+    for name in digests:
+        if any(other.get(name) != ranks[0].get(name) for other in ranks):
+            raise ValueError(f"weight {name} differs between the ranks of {tp.name}: call torch.manual_seed with one seed before building")
 
 
 def _parent(name: str) -> str:

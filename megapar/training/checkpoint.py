@@ -35,7 +35,7 @@ Values = Mapping[str, Mapping[nn.Parameter, Tensor]]
 def save_checkpoint(folder: Path, model: nn.Module, values: Values, state: Mapping[str, Any], mesh: ParallelMesh) -> None:
     """Writes `values` and the JSON-able `state`; returns, on every rank, when the folder is complete under its name.
 
-    Raises the same error on every rank, leaving nothing under the name, when a rank cannot write or the folder exists.
+    Raises the same sentence on every rank, leaving nothing under the name, when a rank cannot write or the folder exists.
     """
     partial = folder.with_name(folder.name + ".tmp")
     error: Exception | None = None

@@ -21,7 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats a token. grad_norm: of the mean loss, before clipping. stop: whether any rank asked to stop after this step."""
+    """loss: mean nats a token of what this rank was given.
+    grad_norm: of the mean loss, before clipping. stop: whether any rank asked to stop after this step."""
 
     loss: float
     grad_norm: float

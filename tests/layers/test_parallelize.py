@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megapar import ParallelMesh, RowParallelLinear
 from megapar.layers.parallelize import match_plan, parallelize
@@ -109,6 +109,18 @@ def test_transformers_llama(ranks, heads, kv_heads, tied, tp):
     ranks.run(tp, check, llama, (heads, kv_heads, tied), None, tp)
 
 
+def qwen(heads: int, kv_heads: int) -> nn.Module:
+    """With norms of queries and keys, whose gains every rank shares and each uses on its own heads."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 2}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8, intermediate_size=53, vocab_size=61, initializer_range=0.2))
+
+
+@pytest.mark.parametrize("heads,kv_heads,tp", [(4, 2, 2), (4, 1, 2), (8, 4, 3)])
+def test_transformers_qwen(ranks, heads, kv_heads, tp):
+    ranks.run(tp, check, qwen, (heads, kv_heads), None, tp)
+
+
 @pytest.mark.parametrize("heads,kv_heads,tp", [(4, 4, 2), (6, 2, 2), (4, 1, 2), (8, 4, 3)])
 def test_handwritten(ranks, heads, kv_heads, tp):
     ranks.run(tp, check, handwritten, (heads, kv_heads), PLAN, tp)
@@ -167,6 +179,19 @@ def different_weights() -> None:
     parallelize(model, ParallelMesh(tp=2), PLAN)
 
 
+def half_tied() -> None:
+    model = handwritten(4, 2)
+    model.head.weight = model.embed.weight
+    parallelize(model, ParallelMesh(tp=2), {"head": "column_gather"})
+
+
+def interleaved() -> None:
+    model = fused(4)
+    model.attention.query_key_value = model.attention.c_attn
+    del model.attention.c_attn
+    parallelize(model, ParallelMesh(tp=2), {"attention.query_key_value": "column", "attention.c_proj": "row"})
+
+
 def too_many_heads() -> None:
     model = handwritten(2, 2)
     try:
@@ -175,8 +200,16 @@ def too_many_heads() -> None:
         assert not any(isinstance(m, RowParallelLinear) for m in model.modules()), "a refused model must be left as it was"
 
 
-def test_refusals_agree(ranks):
-    for told, world, fn in (("weight", 2, different_weights), ("leaves a rank without one of the 2 heads", 3, too_many_heads)):
-        messages = ranks.errors(world, fn)
-        assert len(set(messages)) == 1
-        assert told in messages[0]
+REFUSED = [
+    ("weight down.bias differs", 2, different_weights),
+    ("leaves a rank without one of the 2 heads", 3, too_many_heads),
+    ("embed holds a weight of a layer that the plan cuts", 2, half_tied),
+    ("query_key_value seems to fuse q, k and v", 2, interleaved),
+]
+
+
+@pytest.mark.parametrize("told,world,fn", REFUSED, ids=lambda value: getattr(value, "__name__", None))
+def test_refusals_agree(ranks, told, world, fn):
+    messages = ranks.errors(world, fn)
+    assert len(set(messages)) == 1
+    assert told in messages[0]
