@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(error: Exception, status: int) -> int:
     """Says the sentence, with the rank that says it."""
     rank = os.environ.get("RANK")
-    print(f"megapar: {error}" if rank is None else f"megapar: rank {rank}: {error}", file=sys.stderr, flush=True)
+    # One write: two ranks share the terminal, and print() writes the end of the line apart.
+    sys.stderr.write(f"megapar: {error}\n" if rank is None else f"megapar: rank {rank}: {error}\n")
     return status
 
 

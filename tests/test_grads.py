@@ -192,3 +192,12 @@ def unused_on_one_rank() -> None:
 
 def test_unused_on_one_rank(ranks):
     ranks.run(2, unused_on_one_rank)
+
+
+def test_finish_twice_is_refused():
+    main = MainGrads([nn.Parameter(torch.ones(2))])
+    main.finish()
+    with pytest.raises(ValueError, match="finish\\(\\) was called twice"):
+        main.finish()
+    main.zero()
+    main.finish()

@@ -349,8 +349,10 @@ def test_initialize_names():
         (lambda tp: ColumnParallelLinear(0, 4, tp=tp), "in_features=0 must be 1 or more"),
         (lambda tp: RowParallelLinear(4, 0, tp=tp), "out_features=0 must be 1 or more"),
         (lambda tp: RowParallelLinear(1, 4, tp=tp), "in_features=1 has 1 units"),
-        (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 2),)), tp=tp), "must be 2 non-empty ones"),
-        (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 2), (2, 5))), tp=tp), "within \\[0, 4\\)"),
+        (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 2),)), tp=tp), "must be 2, one a rank"),
+        (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 2), (1, 4))), tp=tp), "tile \\[0, 4\\)"),
+        (lambda tp: RowParallelLinear(Shards(4, intervals=((0, 4), (0, 4))), 4, tp=tp), "shared inputs would be summed twice"),
+        (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 2), (2, 5))), tp=tp), "tile \\[0, 4\\)"),
         (lambda tp: ColumnParallelLinear(4, Shards(4, intervals=((0, 4), (0, 4))), tp=tp, gather_output=True), "gather_output=True cannot"),
         (
             lambda tp: ColumnParallelLinear(4, (Shards(4, intervals=((0, 4), (0, 4))), 4), tp=tp),
