@@ -7,7 +7,7 @@ export OMP_NUM_THREADS
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-INPUTS  := pyproject.toml setup.py constraints.txt
+INPUTS  := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
 
@@ -43,12 +43,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): $(INPUTS) | $(BIN)/python
-	$(PIP) setuptools wheel torch numpy
+	$(PIP) setuptools wheel ninja torch numpy
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 # [dev] includes the runtime, so it satisfies both stamps.
 $(DEV): $(INPUTS) | $(BIN)/python
-	$(PIP) setuptools wheel torch numpy
+	$(PIP) setuptools wheel ninja torch numpy
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(RUNTIME) $@

@@ -1,0 +1,27 @@
+// Which instruction set the kernels use: the best that this processor has, or a lower one that MEGAPAR_CPU_ISA names.
+
+#pragma once
+
+#include <string>
+
+namespace megapar {
+
+// Each has all that those before it have. avx512 is F, BW, DQ and VL; amx is AMX-TILE and AMX-BF16.
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
+
+// Throws std::invalid_argument, once and for all later calls too, where MEGAPAR_CPU_ISA names none or one that this processor lacks.
+Isa isa();
+
+std::string name_of(Isa isa);
+
+// Calls the body of `function` for this processor: avx512_bf16 and amx use that of avx512, where a kernel has none of its own.
+#if defined(__x86_64__)
+#define MEGAPAR_DISPATCH(function, ...)                                  \
+  (::megapar::isa() >= ::megapar::Isa::avx512 ? avx512::function(__VA_ARGS__) \
+   : ::megapar::isa() == ::megapar::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+                                              : portable::function(__VA_ARGS__))
+#else
+#define MEGAPAR_DISPATCH(function, ...) (portable::function(__VA_ARGS__))
+#endif
+
+}  // namespace megapar

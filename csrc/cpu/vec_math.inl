@@ -1,0 +1,27 @@
+// Functions of 16 fp32 lanes. No include guard: see every_isa.h, and tests/ops/test_vec_math.py for the errors stated here.
+
+namespace megapar::MEGAPAR_ISA {
+
+// e^x within 2 ulp; 0 below -103.97, infinity above 88.73. Cephes' range reduction and polynomial (expf.c).
+static inline F32 exp(F32 x) {
+  const F32 clamped = select(x < -104.0f, splat(-104.0f), select(x > 89.0f, splat(89.0f), x));
+  const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const F32 shifted = clamped * 1.44269504088896341f + magic;
+  const I32 n = (I32)shifted - (I32)magic;
+  const F32 whole = shifted - magic;
+  const F32 r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  F32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  // 2^n in two factors, so that neither leaves the range of exponents before the product does.
+  const I32 half = n >> 1, rest = n - half;
+  return p * (F32)((half + 127) << 23) * (F32)((rest + 127) << 23);
+}
+
+static inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+
+}  // namespace megapar::MEGAPAR_ISA
