@@ -15,7 +15,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 ORDER = [
     ["shared_memory", "mesh", "params", "transport"],
     ["grads", "batch"],
-    ["ops"],
+    ["_C", "ops"],  # _C: the compiled kernels
     ["optim", "collectives"],
     ["layers"],
     ["recompute"],
