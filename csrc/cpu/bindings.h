@@ -30,6 +30,20 @@ inline void check_same(const at::Tensor& x, const at::Tensor& other, const char*
   TORCH_CHECK_VALUE(x.device() == other.device(), name, " is on ", x.device(), " and ", other_name, " on ", other.device(), ": move one");
 }
 
+// An output must not share memory with an input: a kernel reads what it has already written. Also where only the ranges overlap.
+inline void check_apart(const at::Tensor& out, const at::Tensor& in, const char* name, const char* other_name) {
+  if (out.numel() == 0 || in.numel() == 0) return;
+  const auto range = [](const at::Tensor& x) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+    const char* begin = static_cast<const char*>(x.data_ptr());
+    return std::pair{begin, begin + (last + 1) * int64_t(x.element_size())};
+  };
+  const auto [a, b] = range(out);
+  const auto [c, d] = range(in);
+  TORCH_CHECK_VALUE(b <= c || d <= a, name, " overlaps ", other_name, " in memory and is written while that is read: give it its own");
+}
+
 // Threads for a kernel that moves so many bytes, of those that torch has been given.
 inline int threads(int64_t bytes) { return at::in_parallel_region() ? 1 : threads_for(bytes, at::get_num_threads()); }
 

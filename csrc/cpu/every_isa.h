@@ -1,13 +1,16 @@
 // Compiles the kernel file that MEGAPAR_KERNEL names once for each instruction set, into namespaces portable, avx2 and avx512.
 //
+// A kernel file with bodies for products of bf16 is compiled for these too, where MEGAPAR_WITH_BF16 is defined: into avx512_bf16 and amx.
+//
 // All headers that a kernel needs are included here or before, outside the pragmas: an inline function of a standard header compiled for
-// AVX-512 could be the copy that the linker keeps for everyone, and crash on a processor without it. Kernel files include nothing.
+// AVX-512 could be the copy that the linker keeps for everyone, and crash on a processor without it. Kernel files include no headers.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../common/dtypes.h"
 #include "isa.h"
@@ -51,4 +54,29 @@
 #undef MEGAPAR_LEVEL
 #pragma GCC pop_options
 
+#if defined(MEGAPAR_WITH_BF16)
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt")
+#define MEGAPAR_ISA avx512_bf16
+#define MEGAPAR_LEVEL 513
+#include "vec.inl"
+#include "vec_math.inl"
+#include MEGAPAR_KERNEL
+#undef MEGAPAR_ISA
+#undef MEGAPAR_LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt")
+#define MEGAPAR_ISA amx
+#define MEGAPAR_LEVEL 514
+#include "vec.inl"
+#include "vec_math.inl"
+#include MEGAPAR_KERNEL
+#undef MEGAPAR_ISA
+#undef MEGAPAR_LEVEL
+#pragma GCC pop_options
+
+#endif
 #endif

@@ -20,8 +20,14 @@ std::string name_of(Isa isa);
   (::megapar::isa() >= ::megapar::Isa::avx512 ? avx512::function(__VA_ARGS__) \
    : ::megapar::isa() == ::megapar::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
                                               : portable::function(__VA_ARGS__))
+// The same for a kernel that has a body of its own for each.
+#define MEGAPAR_DISPATCH_BF16(function, ...)                                       \
+  (::megapar::isa() == ::megapar::Isa::amx           ? amx::function(__VA_ARGS__)         \
+   : ::megapar::isa() == ::megapar::Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__) \
+                                                     : MEGAPAR_DISPATCH(function, __VA_ARGS__))
 #else
 #define MEGAPAR_DISPATCH(function, ...) (portable::function(__VA_ARGS__))
+#define MEGAPAR_DISPATCH_BF16(function, ...) (portable::function(__VA_ARGS__))
 #endif
 
 }  // namespace megapar

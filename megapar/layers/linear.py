@@ -92,7 +92,7 @@ class ColumnParallelLinear(nn.Module):
         draw(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_features, self.weight, self.sequence_parallel)
+        check_input(x, self.in_features, self.weight, self.sequence_parallel)
         bias = None if self.bias is None else with_summed_grad(self.bias)
         y = column_linear(x, with_summed_grad(self.weight), bias, self.tp, self.sequence_parallel)
         return self._gather(y) if self.gather_output and self.tp.size > 1 else y
@@ -168,9 +168,9 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_is_parallel:
-            _check_input(x, self.local_features, self.weight, self.sequence_parallel)
+            check_input(x, self.local_features, self.weight, self.sequence_parallel)
         else:
-            _check_input(x, self.in_features, self.weight, self.sequence_parallel)
+            check_input(x, self.in_features, self.weight, self.sequence_parallel)
             x = split_last(x, self.tp, self.cut)
         bias = None if self.bias is None else with_summed_grad(self.bias)
         return row_linear(x, self.weight, bias, self.tp, self.sequence_parallel)
@@ -214,7 +214,8 @@ def _positive(size: int, what: str) -> int:
     return size
 
 
-def _check_input(x: Tensor, width: int, weight: Tensor, sequence_parallel: bool) -> None:
+def check_input(x: Tensor, width: int, weight: Tensor, sequence_parallel: bool) -> None:
+    """Raises ValueError for an input that a layer with this weight, `width` features in, cannot take."""
     if sequence_parallel and x.dim() == 1:
         raise ValueError(f"sequence_parallel=True shards tokens and an input of shape {tuple(x.shape)} has none: give it as [1, {width}]")
     if x.dim() == 0 or x.shape[-1] != width:

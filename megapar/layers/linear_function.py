@@ -2,7 +2,8 @@
 
 Backward of a column-parallel layer: the input gradient is computed first, its all-reduce (reduce-scatter with sequence parallelism) is
 started, the weight gradient is computed while it runs. Under sequence parallelism only this rank's tokens are saved; all of them are
-gathered again while the input gradient is computed. Weight gradients go where `grads.target` says.
+gathered again while the input gradient is computed. Weight gradients go where `grads.target` says. `mlp` is a column-parallel layer, its
+activation and a row-parallel layer as one function: the activation and its derivative are computed where the GEMMs leave their results.
 """
 
 from __future__ import annotations
@@ -15,81 +16,143 @@ from torch import Tensor
 from megapar import grads
 from megapar.collectives import run_eagerly
 from megapar.mesh import Axis
-from megapar.ops.linear import linear, linear_bias_grad, linear_input_grad, linear_weight_grad
+from megapar.ops.linear import linear, linear_activation, linear_bias_grad, linear_forward, linear_input_grad, linear_weight_grad
 from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, None, None]
+Optional = Tensor | None
 
 
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool) -> Tensor:
+def column_linear(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sequence_parallel: bool) -> Tensor:
     """[..., in] replicated (tokens sharded, with sequence_parallel) to [..., out / size]."""
-    return _call(_ColumnLinear, x, weight, bias, axis, sequence_parallel)
+    return _call(_ColumnLinear, x, (weight, bias), axis, sequence_parallel)
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool) -> Tensor:
+def row_linear(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sequence_parallel: bool) -> Tensor:
     """[..., in / size] to [..., out] summed over the axis (tokens sharded, with sequence_parallel)."""
-    return _call(_RowLinear, x, weight, bias, axis, sequence_parallel)
+    return _call(_RowLinear, x, (weight, bias), axis, sequence_parallel)
 
 
-def _call(function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool) -> Tensor:
-    if axis.size == 1 and getattr(weight, "main_grad", None) is None:
+def mlp(
+    x: Tensor,
+    expand: tuple[Tensor, Optional],
+    down: tuple[Tensor, Optional],
+    activation: str,
+    axis: Axis,
+    sequence_parallel: bool,
+) -> Tensor:
+    """row_linear(activation(column_linear(x, *expand)), *down); activation "swiglu" or "gelu"."""
+    x, *parameters = _autocast(x, (*expand, *down))
+    args = (x, *parameters, activation, axis, sequence_parallel and axis.size > 1)
+    return _MLP.apply(*args) if _is_plain(expand[0], axis) else run_eagerly(_MLP, *args)
+
+
+def _call(function: Any, x: Tensor, parameters: tuple[Tensor, Optional], axis: Axis, sequence_parallel: bool) -> Tensor:
+    x, weight, bias = _autocast(x, parameters)
+    if _is_plain(weight, axis):
         return linear(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return run_eagerly(function, x, weight, bias, axis, sequence_parallel and axis.size > 1)
+
+
+def _is_plain(weight: Tensor, axis: Axis) -> bool:
+    """Whether nothing is communicated and no main_grad written: the compiler may look inside."""
+    return axis.size == 1 and getattr(weight, "main_grad", None) is None
+
+
+def _autocast(x: Tensor, parameters: tuple[Optional, ...]) -> tuple[Any, ...]:
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *parameters
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(None if p is None else p.to(dtype) for p in parameters)
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sharded: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool) -> Tensor:
         ctx.axis, ctx.sharded, ctx.bias = axis, sharded, bias
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return linear(start_all_gather(x, axis).wait() if sharded else x, weight, bias)
+        return linear_forward(start_all_gather(x, axis).wait() if sharded else x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Grads:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        gathering = start_all_gather(x, ctx.axis) if ctx.sharded and needs_weight else None
-        dx: Tensor | None = None
-        reducing: Pending | None = None
-        if needs_x:
-            dx = linear_input_grad(dy, weight)
-            if ctx.axis.size > 1:
-                reducing = start_reduce_scatter(dx, ctx.axis) if ctx.sharded else start_all_reduce(dx.contiguous(), ctx.axis)
-        if gathering is not None:
-            x = gathering.wait()
-        dw = _weight_grad(weight, dy, x) if needs_weight else None
-        db = _bias_grad(ctx.bias, dy) if needs_bias else None
-        return reducing.wait() if reducing is not None else dx, dw, db, None, None
+        return *_column_backward(dy, x, (weight, ctx.bias), ctx.needs_input_grad[:3], ctx.axis, ctx.sharded), None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sharded: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool) -> Tensor:
         ctx.axis, ctx.sharded, ctx.bias, ctx.t = axis, sharded, bias, x.shape[0]
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        if axis.size == 1:
-            return linear(x, weight, bias)
-        y = linear(x, weight)
-        y = (start_reduce_scatter(y, axis) if sharded else start_all_reduce(y, axis)).wait()
-        return y if bias is None else y.add_(bias)
+        return _row_forward(x, weight, bias, axis, sharded)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Grads:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        gathering = start_all_gather(dy, ctx.axis) if ctx.sharded else None
-        # Before the gather ends: the bias was added to this rank's tokens only.
-        db = _bias_grad(ctx.bias, dy) if needs_bias else None
-        if gathering is not None:
-            dy = gathering.wait()[: ctx.t]
+        dy, db = _row_gather(dy, ctx.bias, needs_bias, ctx.axis, ctx.t if ctx.sharded else None)
         dx = linear_input_grad(dy, weight) if needs_x else None
-        dw = _weight_grad(weight, dy, x) if needs_weight else None
-        return dx, dw, db, None, None
+        return dx, _weight_grad(weight, dy, x) if needs_weight else None, db, None, None
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, expand: Tensor, expand_bias: Optional, down: Tensor, down_bias: Optional, kind: str, axis: Axis, sharded: bool
+    ) -> Tensor:
+        full = start_all_gather(x, axis).wait() if sharded else x
+        y, z = linear_activation(full, expand, expand_bias, kind)
+        ctx.kind, ctx.axis, ctx.sharded, ctx.t, ctx.biases = kind, axis, sharded, full.shape[0], (expand_bias, down_bias)
+        ctx.save_for_backward(x if expand.requires_grad else None, expand, down, z, y if down.requires_grad else None)
+        return _row_forward(y, down, down_bias, axis, sharded)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, expand, down, z, y = ctx.saved_tensors
+        needs_x, needs_expand, needs_expand_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:5]
+        dy, d_down_bias = _row_gather(dy, ctx.biases[1], needs_down_bias, ctx.axis, ctx.t if ctx.sharded else None)
+        dz = linear_input_grad(dy, down, z, ctx.kind)
+        d_down = _weight_grad(down, dy, y) if needs_down else None
+        needs = (needs_x, needs_expand, needs_expand_bias)
+        dx, d_expand, d_expand_bias = _column_backward(dz, x, (expand, ctx.biases[0]), needs, ctx.axis, ctx.sharded)
+        return dx, d_expand, d_expand_bias, d_down, d_down_bias, None, None, None
+
+
+def _column_backward(
+    dy: Tensor, x: Tensor, parameters: tuple[Tensor, Optional], needs: tuple[bool, ...], axis: Axis, sharded: bool
+) -> tuple[Optional, Optional, Optional]:
+    """The gradients of input, weight and bias; those of the latter two None where they went to main_grad."""
+    (weight, bias), (needs_x, needs_weight, needs_bias) = parameters, needs
+    gathering = start_all_gather(x, axis) if sharded and needs_weight else None
+    dx: Optional = None
+    reducing: Pending | None = None
+    if needs_x:
+        dx = linear_input_grad(dy, weight)
+        if axis.size > 1:
+            reducing = start_reduce_scatter(dx, axis) if sharded else start_all_reduce(dx.contiguous(), axis)
+    if gathering is not None:
+        x = gathering.wait()
+    dw = _weight_grad(weight, dy, x) if needs_weight else None
+    db = _bias_grad(bias, dy) if bias is not None and needs_bias else None
+    return reducing.wait() if reducing is not None else dx, dw, db
+
+
+def _row_forward(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool) -> Tensor:
+    if axis.size == 1:
+        return linear_forward(x, weight, bias)
+    y = linear_forward(x, weight)
+    y = (start_reduce_scatter(y, axis) if sharded else start_all_reduce(y, axis)).wait()
+    return y if bias is None else y.add_(bias)
+
+
+def _row_gather(dy: Tensor, bias: Optional, needs_bias: bool, axis: Axis, t: int | None) -> tuple[Tensor, Optional]:
+    """The gradient of all t tokens where this rank was given its share of them (t is None where it has all), and that of the bias."""
+    gathering = start_all_gather(dy, axis) if t is not None else None
+    # Before the gather ends: the bias was added to this rank's tokens only.
+    db = _bias_grad(bias, dy) if bias is not None and needs_bias else None
+    return dy if gathering is None else gathering.wait()[:t], db
 
 
 def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:

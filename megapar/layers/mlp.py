@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
+from megapar.collectives import with_summed_grad
+from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards, check_input
+from megapar.layers.linear_function import mlp
 from megapar.mesh import TensorParallel, as_axis
-from megapar.ops.swiglu import swiglu
 from megapar.params import Init
 
 
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ("swiglu", "gelu"):
             raise ValueError(f'activation="{activation}" is not known: use "swiglu" or "gelu"')
-        axis = as_axis(tp)
+        self.tp = axis = as_axis(tp)
         self.activation = activation
         parts = [Shards(ffn_size, name=name) for name in (("gate", "up") if activation == "swiglu" else ("up",))]
         common: dict[str, Any] = {"tp": axis, "bias": bias, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
@@ -45,5 +45,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(ffn_size, hidden_size, init=out_init or init, **common)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.expand(x)
-        return self.down(swiglu(y) if self.activation == "swiglu" else F.gelu(y, approximate="tanh"))
+        expand, down = self.expand, self.down
+        check_input(x, expand.in_features, expand.weight, expand.sequence_parallel)
+        down_bias = None if down.bias is None else with_summed_grad(down.bias)
+        return mlp(x, (expand.weight, expand.bias), (down.weight, down_bias), self.activation, self.tp, expand.sequence_parallel)

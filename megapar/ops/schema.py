@@ -10,6 +10,11 @@ import torch
 
 SCHEMAS = {
     "cpu_isa": "() -> str",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, str activation, bool save) -> (Tensor y, Tensor z)",
+    "linear_input_grad": "(Tensor dy, Tensor weight, Tensor? z, str activation) -> Tensor",
+    "linear_weight_grad_": "(Tensor(a!) target, Tensor dy, Tensor x, float beta, float alpha=1.0, Tensor? scale=None,"
+    " Tensor(b!)? non_finite=None) -> ()",
+    "linear_bias_grad_": "(Tensor(a!) target, Tensor dy, float beta) -> ()",
     "swiglu": "(Tensor gate_up) -> Tensor",
     "swiglu_backward": "(Tensor dy, Tensor gate_up) -> Tensor",
 }

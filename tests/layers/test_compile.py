@@ -85,5 +85,5 @@ def test_breaks_are_asked_for():
     model = block(ParallelMesh.alone())
     MainGrads(model.parameters())
     told = torch._dynamo.explain(model)(torch.randn(10, 16, requires_grad=True), BATCH)
-    assert told.graph_break_count == 5, "q, kv, out, expand, down: one each"
+    assert told.graph_break_count == 3, "qkv, out, mlp: one each"
     assert all("torch.compiler.disable" in str(reason.reason) for reason in told.break_reasons), told.break_reasons

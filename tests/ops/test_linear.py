@@ -21,7 +21,7 @@ def test_against_autograd(leading):
     exact = {"rtol": 1e-13, "atol": 1e-13}
     torch.testing.assert_close(linear(x, weight, bias), y, **exact)
     torch.testing.assert_close(linear_input_grad(dy, weight), dx, **exact)
-    torch.testing.assert_close(linear_weight_grad(dy, x), dw, **exact)
+    torch.testing.assert_close(linear_weight_grad(dy, x.detach()), dw, **exact)
     torch.testing.assert_close(linear_bias_grad(dy), db, **exact)
     for beta in (0.0, 1.0):
         # beta = 0 must not read what is there: fresh memory may hold nan.
