@@ -68,7 +68,9 @@ at::Tensor cross_entropy_grad(const at::Tensor& dloss, const at::Tensor& logits_
 void cross_entropy_grad_(const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& index, const at::Tensor& lse,
                          const at::Tensor& ignored, int64_t vocab_size, double label_smoothing, double z_loss) {
   check_float(logits, "logits");
-  TORCH_CHECK_VALUE(logits.numel() == 0 || (logits.stride(-1) == 1 && logits.stride(0) >= logits.size(-1)), "logits have strides ",
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits have shape ", logits.sizes(), " and must be [t, v]: flatten them");
+  const int64_t t = logits.size(0), v = logits.size(1);
+  TORCH_CHECK_VALUE(t * v == 0 || ((v == 1 || logits.stride(1) == 1) && (t == 1 || logits.stride(0) >= v)), "logits have strides ",
                     logits.strides(), " and must have dense rows that do not overlap: make them contiguous");
   for (const at::Tensor& other : {dloss, lse})
     TORCH_CHECK_VALUE(!other.is_alias_of(logits), "dloss and lse must not share the memory of logits, which is overwritten: clone them");
