@@ -24,6 +24,7 @@
 
 #define MEGAPAR_ISA portable
 #define MEGAPAR_LEVEL 0
+#include "../common/hash.inl"
 #include "vec.inl"
 #include "vec_math.inl"
 #include MEGAPAR_KERNEL
@@ -36,6 +37,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt")
 #define MEGAPAR_ISA avx2
 #define MEGAPAR_LEVEL 2
+#include "../common/hash.inl"
 #include "vec.inl"
 #include "vec_math.inl"
 #include MEGAPAR_KERNEL
@@ -47,6 +49,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt")
 #define MEGAPAR_ISA avx512
 #define MEGAPAR_LEVEL 512
+#include "../common/hash.inl"
 #include "vec.inl"
 #include "vec_math.inl"
 #include MEGAPAR_KERNEL

@@ -123,4 +123,21 @@ static inline void store_upto(T* p, F32 x, int64_t n) {
   n == LANES ? store(p, x) : store(p, x, n);
 }
 
+// x with `fill` in the lanes from n on.
+static inline F32 pad(F32 x, int64_t n, float fill) {
+  const I32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return n == LANES ? x : select(lane < int32_t(n), x, splat(fill));
+}
+
+// Sum over [0, size) of body(offset, count), which gives zeros beyond count. Four chains of additions, joined always in the same order.
+template <class Body>
+static inline __attribute__((always_inline)) float sum_over(int64_t size, const Body& body) {
+  F32 s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= size; i += 4 * LANES)
+    for (int64_t j = 0; j < 4; ++j) s[j] += body(i + j * LANES, LANES);
+  for_each_vector(i, size, [&](int64_t at, int64_t n) { s[0] += body(at, n); });
+  return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
 }  // namespace megapar::MEGAPAR_ISA

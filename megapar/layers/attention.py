@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megapar.batch import TokenBatch
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
 from megapar.mesh import TensorParallel, as_axis
-from megapar.ops.rope import rope, rope_angles
+from megapar.ops.rope import rope_angles, rope_qkv
 from megapar.params import Init, Interval, split
 
 
@@ -98,14 +98,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
         q_heads, kv_heads, d = self.q_heads, self.kv_heads, self.head_size
         qkv = torch.cat([self.q(x), self.kv(x)], -1) if self.shares_kv else self.qkv(x)
-        qkv = batch.unpad(qkv).view(batch.t, q_heads + 2 * kv_heads, d)
-        qk, v = qkv.split([q_heads + kv_heads, kv_heads], dim=1)
-        if self.rope_theta is not None:
+        qkv = batch.unpad(qkv)
+        if self.rope_theta is None:
+            q, k, v = qkv.view(batch.b, batch.s, -1, d).transpose(1, 2).split([q_heads, kv_heads, kv_heads], dim=1)
+        else:
             theta, dtype = self.rope_theta, x.dtype
             cos, sin = batch.memo(("rope", d, theta, dtype), lambda: rope_angles(batch.position_ids, d, theta, dtype))
-            qk = rope(qk, cos, sin)
-        q, k = qk.split([q_heads, kv_heads], dim=1)
-        q, k, v = (z.reshape(batch.b, batch.s, -1, d).transpose(1, 2) for z in (q, k, v))
+            q, k, v = rope_qkv(qkv, cos, sin, b=batch.b, q_heads=q_heads, kv_heads=kv_heads)
         mask = None if batch.is_causal else batch.attention_mask()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
         return self.out(y.transpose(1, 2).reshape(batch.t, q_heads * d))

@@ -1,4 +1,7 @@
-"""The decoder block: x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, arXiv:2002.04745)."""
+"""The decoder block: x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, arXiv:2002.04745).
+
+The first of the two sums is part of the second norm.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from megapar.layers.mlp import MLP
 
 
 class DecoderBlock(nn.Module):
-    """x [t, h] and its TokenBatch to [t, h]; under sequence parallelism this rank's ceil(t / tp) tokens."""
+    """x [t, h] and its TokenBatch to [t, h]; under sequence parallelism this rank's ceil(t / tp) tokens.
+
+    `mlp_norm(x, residual=...)` returns the norm of the sum and the sum, as megapar.layers.norm's do.
+    """
 
     def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP) -> None:
         super().__init__()
@@ -18,5 +24,5 @@ class DecoderBlock(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
     def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch)
-        return x + self.mlp(self.mlp_norm(x))
+        y, x = self.mlp_norm(self.attention(self.attention_norm(x), batch), residual=x)
+        return x + self.mlp(y)

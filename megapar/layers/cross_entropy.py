@@ -24,14 +24,17 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     """Per-token losses, fp32 [...], 0 where target is `ignore_index`: F.cross_entropy(..., reduction="none") for every tp.
 
-    logits [..., this rank's part of the vocabulary], never modified; target int64 [...], the same on all ranks. One collective forward
-    (four fp32 numbers a token) and none backward. Without `vocab_size` the ranks first tell each other the widths of their parts, which
-    costs one small collective more and a synchronisation with the host on CUDA; with it, the cut is that of VocabParallelEmbedding and
-    ColumnParallelLinear. Raises ValueError for targets outside the vocabulary, shapes that do not match, and label_smoothing or z_loss
-    out of range.
+    logits [..., this rank's part of the vocabulary]; target int64 [...], the same on all ranks. One collective forward (four fp32 numbers
+    a token) and none backward. The logits are not modified, unless `overwrite_logits` lets backward write their gradient over them, which
+    saves memory of their size: then nothing may read them after backward, and backward runs once.
+
+    Without `vocab_size` the ranks first tell each other the widths of their parts, which costs one small collective more and a
+    synchronisation with the host on CUDA; with it, the cut is that of VocabParallelEmbedding and ColumnParallelLinear. Raises ValueError
+    for targets outside the vocabulary, shapes that do not match, and label_smoothing or z_loss out of range.
     """
     axis = as_axis(tp)
     if target.shape != logits.shape[:-1]:
@@ -48,7 +51,7 @@ def vocab_parallel_cross_entropy(
     index = index.masked_fill((index < 0) | (index >= logits.shape[-1]) | ignored, -1)
     rows = logits.reshape(-1, logits.shape[-1])
     options = {"vocab_size": size, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    loss = run_eagerly(_CrossEntropy, rows, index, ignored, axis, options)
+    loss = run_eagerly(_CrossEntropy, rows, index, ignored, axis, options, overwrite_logits)
     return loss.view(target.shape)
 
 
@@ -73,16 +76,16 @@ def _widths(width: int, device: torch.device, axis: Axis) -> list[int]:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, ignored: Tensor, axis: Axis, options: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, index: Tensor, ignored: Tensor, axis: Axis, options: dict[str, Any], overwrite: bool) -> Tensor:
         local = cross_entropy_statistics(logits, index, options["label_smoothing"])
         parts = local if axis.size == 1 else start_all_gather(local, axis).wait()
         lse, target, total = cross_entropy_join(parts.view(axis.size, *local.shape))
         ctx.save_for_backward(logits, index, lse, ignored)
-        ctx.options = options
+        ctx.options, ctx.overwrite = options, overwrite
         return cross_entropy_loss(lse, target, total, ignored, **options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, index, lse, ignored = ctx.saved_tensors
-        return cross_entropy_grad(dloss, logits, index, lse, ignored, **ctx.options), None, None, None, None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        grad = cross_entropy_grad(dloss, *ctx.saved_tensors, **ctx.options, overwrite=ctx.overwrite)
+        return grad, None, None, None, None, None

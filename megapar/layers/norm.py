@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm that know sequence parallelism: each rank then sees some of the tokens, so the gradient of the gain is partial."""
+"""RMSNorm and LayerNorm that know sequence parallelism: each rank then sees some of the tokens, so the gradient of the gain is partial.
+
+Both take a `residual` to add first, and then return the sum beside its norm: y, s = norm(x, residual) is s = x + residual, y = norm(s).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 from megapar.collectives import with_summed_grad
 from megapar.mesh import TensorParallel, as_axis
 from megapar.ops.layer_norm import layer_norm
-from megapar.ops.rms_norm import rms_norm
+from megapar.ops.rms_norm import Output, rms_norm
 from megapar.params import Init, ParamSpec, Piece, SpecParameter
 
 
@@ -29,8 +32,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = _vector("weight", hidden_size, 1.0, tp, sequence_parallel, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, with_summed_grad(self.weight), self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Output:
+        return rms_norm(x, with_summed_grad(self.weight), self.eps, residual)
 
 
 class LayerNorm(nn.Module):
@@ -51,8 +54,8 @@ class LayerNorm(nn.Module):
         self.weight = _vector("weight", hidden_size, 1.0, tp, sequence_parallel, device, dtype)
         self.bias = _vector("bias", hidden_size, 0.0, tp, sequence_parallel, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, with_summed_grad(self.weight), with_summed_grad(self.bias), self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Output:
+        return layer_norm(x, with_summed_grad(self.weight), with_summed_grad(self.bias), self.eps, residual)
 
 
 def constant(value: float) -> Init:

@@ -15,5 +15,7 @@ IGNORED = -100
 def causal_lm_loss(model: Decoder, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """inputs and targets int64 [b, s] to (fp32 sum of the losses in nats, number of targets that are not IGNORED)."""
     logits = model(TokenBatch.of(inputs))
-    losses = vocab_parallel_cross_entropy(logits, targets.reshape(-1), tp=model.tp, ignore_index=IGNORED, vocab_size=model.vocab_size)
+    losses = vocab_parallel_cross_entropy(
+        logits, targets.reshape(-1), tp=model.tp, ignore_index=IGNORED, vocab_size=model.vocab_size, overwrite_logits=True
+    )
     return losses.sum(), int((targets != IGNORED).sum())

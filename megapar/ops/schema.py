@@ -17,6 +17,19 @@ SCHEMAS = {
     "linear_bias_grad_": "(Tensor(a!) target, Tensor dy, float beta) -> ()",
     "swiglu": "(Tensor gate_up) -> Tensor",
     "swiglu_backward": "(Tensor dy, Tensor gate_up) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor s, Tensor rstd)",
+    "rms_norm_backward": "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dw)",
+    "layer_norm": "(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    "layer_norm_backward": "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd)"
+    " -> (Tensor dx, Tensor dw, Tensor db)",
+    "rope_qkv": "(Tensor qkv, Tensor cos, Tensor sin, int b, int q_heads, int kv_heads) -> (Tensor q, Tensor k, Tensor v)",
+    "rope_qkv_backward": "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    "cross_entropy_statistics": "(Tensor logits, Tensor index, bool with_sum) -> Tensor",
+    "cross_entropy_grad": "(Tensor dloss, Tensor logits, Tensor index, Tensor lse, Tensor ignored, int vocab_size, float label_smoothing,"
+    " float z_loss) -> Tensor",
+    "cross_entropy_grad_": "(Tensor dloss, Tensor(a!) logits, Tensor index, Tensor lse, Tensor ignored, int vocab_size,"
+    " float label_smoothing, float z_loss) -> ()",
+    "dropout": "(Tensor x, Tensor rows, int key, float p, int column) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("megapar", "DEF")
