@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,18 @@ def adamw_(
     stochastically. Raises ValueError for options out of range, and for tensors that do not fit together, before anything is written.
     """
     lists = [list(tensors) for tensors in (weights, grads, masters, exp_avgs, exp_avg_sqs)]
-    run = adamw_reference if any(map(use_reference, lists[0])) else torch.ops.megapar.adamw_.default
-    options = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
-    drawn = {} if noise is None else {"seed": noise.seed, "ids": list(noise.ids), "places": [n for place in noise.places for n in place]}
-    run(*lists, state.scalars, state.counters, list(rows), **options, **drawn)
+    run: Any = adamw_reference if any(map(use_reference, lists[0])) else torch.ops.megapar.adamw_.default
+    options: dict[str, Any] = {
+        "lr": lr,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled": decoupled,
+    }
+    if noise is not None:
+        options |= {"seed": noise.seed, "ids": list(noise.ids), "places": [n for place in noise.places for n in place]}
+    run(*lists, state.scalars, state.counters, list(rows), **options)
 
 
 def check_options(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
@@ -159,7 +168,7 @@ def rounded(x: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tensor:
         return x.to(dtype)
     if dtype == torch.float16:
         raise ValueError("a weight is float16 and stochastic rounding knows bfloat16: give it a float32 master, or no seed")
-    u = x.view(torch.int32).long() & MASK
+    u = x.float().view(torch.int32).long() & MASK
     high = torch.where((u & 0x7F800000) == 0x7F800000, u, u + random) >> 16
     return high.to(torch.int16).view(torch.bfloat16)
 
