@@ -140,4 +140,27 @@ static inline __attribute__((always_inline)) float sum_over(int64_t size, const 
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// Eight fp64 lanes: half of an F32.
+typedef double F64 __attribute__((vector_size(64)));
+
+// The first and the last eight lanes in fp64.
+static inline F64 low_half(F32 x) { return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), F64); }
+
+static inline F64 high_half(F32 x) { return __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), F64); }
+
+// Sum of the lanes, always in the same order.
+static inline double sum(F64 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// n 16-bit patterns widened to 32 bits, zeros behind them; and back.
+static inline U32 load_bits(const void* p, int64_t n) {
+  U16 h = {};
+  n == LANES ? std::memcpy(&h, p, sizeof h) : std::memcpy(&h, p, n * sizeof(uint16_t));
+  return __builtin_convertvector(h, U32);
+}
+
+static inline void store_bits(void* p, U32 bits, int64_t n) {
+  const U16 h = __builtin_convertvector(bits, U16);
+  n == LANES ? std::memcpy(p, &h, sizeof h) : std::memcpy(p, &h, n * sizeof(uint16_t));
+}
+
 }  // namespace megapar::MEGAPAR_ISA

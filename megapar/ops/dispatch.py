@@ -44,9 +44,13 @@ FORCED = _forced()
 
 def use_reference(x: Tensor) -> bool:
     """Whether an op on `x` is the reference's. Raises RuntimeError where neither it nor a kernel may run."""
-    if x.dtype == torch.float64 or FORCED == "reference":
+    return x.dtype == torch.float64 or use_reference_on(x.device.type)
+
+
+def use_reference_on(device: str) -> bool:
+    """The same for an op whose float64 arguments are numbers of its own, and not what it is computed in."""
+    if FORCED == "reference":
         return True
-    device = x.device.type
     if device not in ("cpu", "meta"):
         raise RuntimeError(f"megapar's ops have no kernels for {device} yet: set MEGAPAR_BACKEND=reference to compute with plain PyTorch")
     if MISSING is not None:

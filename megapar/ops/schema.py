@@ -30,6 +30,16 @@ SCHEMAS = {
     "cross_entropy_grad_": "(Tensor dloss, Tensor(a!) logits, Tensor index, Tensor lse, Tensor ignored, int vocab_size,"
     " float label_smoothing, float z_loss) -> ()",
     "dropout": "(Tensor x, Tensor rows, int key, float p, int column) -> Tensor",
+    "grad_norm_": "(Tensor(a!) total, Tensor[] grads, bool count_zeros=False) -> ()",
+    "step_state_": (
+        "(Tensor(a!) scalars, Tensor(b!) counters, Tensor total, Tensor count, int[] rows, float[] beta1, float[] beta2, float? max_norm,"
+        " float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale) -> ()"
+    ),
+    "adamw_": (
+        "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor scalars,"
+        " Tensor counters, int[] rows, *, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled=True,"
+        " int? seed=None, int[] ids=[], int[] places=[]) -> ()"
+    ),
 }
 
 LIBRARY = torch.library.Library("megapar", "DEF")
