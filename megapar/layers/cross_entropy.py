@@ -39,27 +39,35 @@ def vocab_parallel_cross_entropy(
     axis = as_axis(tp)
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)} and logits {tuple(logits.shape)}: give one target for each row of logits")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1]: 0 turns it off")
-    if z_loss < 0.0:
-        raise ValueError(f"z_loss={z_loss} must be 0 or more: 0 turns it off")
-    start, size = _place(logits, axis, vocab_size)
-    flat = target.reshape(-1)
-    ignored = flat == ignore_index
-    check_ids(flat.masked_fill(ignored, 0), size, "targets")
-    index = flat - start
-    index = index.masked_fill((index < 0) | (index >= logits.shape[-1]) | ignored, -1)
+    index, ignored, size = local_targets(target.reshape(-1), logits.shape[-1], axis, vocab_size, ignore_index, label_smoothing, z_loss)
     rows = logits.reshape(-1, logits.shape[-1])
     options = {"vocab_size": size, "label_smoothing": label_smoothing, "z_loss": z_loss}
     loss = run_eagerly(_CrossEntropy, rows, index, ignored, axis, options, overwrite_logits)
     return loss.view(target.shape)
 
 
-def _place(logits: Tensor, axis: Axis, vocab_size: int | None) -> tuple[int, int]:
+def local_targets(
+    target: Tensor, width: int, axis: Axis, vocab_size: int | None, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, int]:
+    """(place of each target in this rank's `width` entries of the vocabulary or -1, which are ignored, size of the whole vocabulary).
+
+    Raises ValueError for targets outside the vocabulary, a width that is not this rank's, and label_smoothing or z_loss out of range.
+    """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1]: 0 turns it off")
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss={z_loss} must be 0 or more: 0 turns it off")
+    start, size = _place(width, target.device, axis, vocab_size)
+    ignored = target == ignore_index
+    check_ids(target.masked_fill(ignored, 0), size, "targets")
+    index = target - start
+    return index.masked_fill((index < 0) | (index >= width) | ignored, -1), ignored, size
+
+
+def _place(width: int, device: torch.device, axis: Axis, vocab_size: int | None) -> tuple[int, int]:
     """Where this rank's part of the vocabulary starts, and the size of the whole."""
-    width = logits.shape[-1]
     if vocab_size is None:
-        widths = _widths(width, logits.device, axis)
+        widths = _widths(width, device, axis)
         return sum(widths[: axis.rank]), sum(widths)
     start, stop = split(vocab_size, axis.size, what="vocab_size")[axis.rank]
     if stop - start != width:

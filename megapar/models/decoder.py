@@ -55,6 +55,10 @@ class Decoder(nn.Module):
         """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]."""
         if isinstance(batch, Tensor):
             batch = TokenBatch.of(batch)
+        return batch.unpad(self.head(self.hidden(batch)))
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """What the output projection is given: [t, h], or [ceil(t / tp), h] with sequence parallelism."""
         if self.positions is not None:
             check_ids(batch.position_ids, self.config.max_positions, "position_ids")
         x = self.embedding(batch.tokens)
@@ -62,7 +66,7 @@ class Decoder(nn.Module):
             x = self.positions(x, batch)
         for block in self.blocks:
             x = block(x, batch)
-        return batch.unpad(self.head(self.norm(x)))
+        return self.norm(x)
 
     def _norm(self) -> nn.Module:
         norm = RMSNorm if self.config.norm == "rms" else LayerNorm

@@ -1,4 +1,4 @@
-"""Every body of the memory-bound kernels meets the bounds: their tests again, in a process that MEGAPAR_CPU_ISA holds to fewer instructions."""
+"""Every kernel test of this folder again under fewer instructions, in a process held to them by MEGAPAR_CPU_ISA."""
 
 import os
 import subprocess

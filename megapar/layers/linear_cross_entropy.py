@@ -1,0 +1,130 @@
+"""Output projection and cross-entropy as one, in chunks of tokens: the logits of all tokens never exist, nor does their gradient.
+
+    loss = sum_t cross_entropy(x w^T)_t          over the vocabulary that the ranks of tp share
+
+Forward computes a chunk's logits, its loss, and at once its gradients, which then only have to be multiplied by what arrives in backward:
+three GEMMs a token as usual, none of them twice. Memory: one chunk of logits and an fp32 gradient of the weight (Liger's way,
+arXiv:2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar import grads
+from megapar.collectives import run_eagerly
+from megapar.layers.cross_entropy import local_targets
+from megapar.mesh import Axis, TensorParallel, as_axis
+from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cross_entropy_loss, cross_entropy_statistics
+from megapar.ops.linear import linear_forward, linear_input_grad, linear_weight_grad
+from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
+
+CHUNK_BYTES = 16 << 20
+"""Of a rank's logits: large enough for an efficient GEMM, small enough to stay near the cache."""
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    tp: TensorParallel,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    loss_scale: float = 1.0,
+) -> Tensor:
+    """The fp32 sum of the losses of vocab_parallel_cross_entropy(x weight^T, target), 0-d.
+
+    x [..., h], the same on all ranks, or with `sequence_parallel` this rank's ceil(t / tp) tokens; weight [this rank's part of the
+    vocabulary, h]; target int64, one for each token. loss_scale: what backward will be called with. Any other seed gives the same
+    gradients too; but those of fp16 are computed in forward, at this scale, and would underflow without it. One collective forward for
+    each chunk (four fp32 numbers a token), one backward. Raises as vocab_parallel_cross_entropy does, and for loss_scale <= 0.
+    """
+    axis = as_axis(tp)
+    if not loss_scale > 0:
+        raise ValueError(f"loss_scale={loss_scale} must be above 0: leave it out, or pass what backward will be called with")
+    sharded = sequence_parallel and axis.size > 1
+    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    held = -(-flat.numel() // axis.size) if sharded else flat.numel()
+    if rows.shape[0] != held:
+        raise ValueError(f"x has {rows.shape[0]} tokens and {held} of the {flat.numel()} targets are this rank's: give one for each")
+    index, ignored, size = local_targets(flat, weight.shape[0], axis, vocab_size, ignore_index, label_smoothing, z_loss)
+    options = {"vocab_size": size, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    needs = (x.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    return run_eagerly(_LinearCrossEntropy, rows, weight, index, ignored, axis, sharded, options, loss_scale, needs)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        ignored: Tensor,
+        axis: Axis,
+        sharded: bool,
+        options: dict[str, Any],
+        loss_scale: float,
+        needs: tuple[bool, bool],
+    ) -> Tensor:
+        t = index.shape[0]
+        full = start_all_gather(x, axis).wait()[:t] if sharded else x
+        dx = torch.empty_like(full) if needs[0] else None
+        dw = weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs[1] else None
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        # The same on every rank, though the parts of the vocabulary may differ by one: each chunk is a collective.
+        rows = max(1, CHUNK_BYTES // (-(-options["vocab_size"] // axis.size) * x.element_size()))
+        for start in range(0, t, rows):
+            chunk = slice(start, min(start + rows, t))
+            logits = linear_forward(full[chunk], weight)
+            local = cross_entropy_statistics(logits, index[chunk], options["label_smoothing"])
+            parts = local if axis.size == 1 else start_all_gather(local, axis).wait()
+            lse, at_target, summed = cross_entropy_join(parts.view(axis.size, *local.shape))
+            total += cross_entropy_loss(lse, at_target, summed, ignored[chunk], **options).sum()
+            if not any(needs):
+                continue
+            seed = lse.new_full((), loss_scale).expand(lse.shape[0])
+            dlogits = cross_entropy_grad(seed, logits, index[chunk], lse, ignored[chunk], **options, overwrite=True)
+            if dx is not None:
+                dx[chunk] = linear_input_grad(dlogits, weight)
+            if dw is not None:
+                linear_weight_grad(dlogits, full[chunk], dw, float(start > 0))
+        if dw is not None and t == 0:
+            dw.zero_()
+        ctx.save_for_backward(dx, dw)
+        ctx.weight, ctx.axis, ctx.sharded, ctx.loss_scale = weight, axis, sharded, loss_scale
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        ratio = dloss / ctx.loss_scale
+        reducing = None
+        if dx is not None:
+            # In fp32: a ratio rounded to 16 bits would put the same error on every gradient (test_linear_cross_entropy.py::test_any_seed).
+            dx = dx.to(ratio.dtype).mul_(ratio).to(dx.dtype)
+            if ctx.axis.size > 1:
+                reducing = start_reduce_scatter(dx, ctx.axis) if ctx.sharded else start_all_reduce(dx, ctx.axis)
+        if dw is not None:
+            dw = _deliver(ctx.weight, dw, ratio)
+        return reducing.wait() if reducing is not None else dx, dw, None, None, None, None, None, None, None
+
+
+def _deliver(weight: Tensor, dw: Tensor, ratio: Tensor) -> Tensor | None:
+    """Adds ratio * dw to the weight's main_grad in one pass, or returns it for autograd."""
+    main_grad, beta = grads.target(weight)
+    if main_grad is None:
+        return (dw * ratio).to(weight.dtype)
+    if beta:
+        main_grad.addcmul_(dw, ratio)
+    else:
+        main_grad.copy_(dw).mul_(ratio)
+    return None
