@@ -106,7 +106,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 raise ValueError("master_weights='remainder' splits bfloat16 and a parameter is float16: use 'fp32'")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss."""
         loss = None
         if closure is not None:
@@ -169,7 +169,7 @@ class FusedAdamW(torch.optim.Optimizer):
         rows, ids, places = [], [], []
         for param in params:
             state, row = self._state(param), self._rows[param]
-            tensors = [param, gradient(param), *(state[kind] for kind in self._dtypes(param))]
+            tensors: list[Any] = [param, gradient(param), *(state[kind] for kind in self._dtypes(param))]
             if self.seed is None:
                 entries.append(tensors)
                 rows.append(row)
@@ -203,18 +203,19 @@ class FusedAdamW(torch.optim.Optimizer):
         for param, values in saved:
             state = self._state(param)
             state["step"].copy_(torch.as_tensor(values["step"]))
-            for kind in self._dtypes(param).keys() & values.keys():
-                state[kind].copy_(values[kind])
+            for kind in self._dtypes(param):
+                if kind in values:
+                    state[kind].copy_(values[kind])
 
     def _check_saved(self, param: Tensor, values: dict[str, Tensor]) -> None:
         dtypes = self._dtypes(param)
         if "master" in values and "master" not in dtypes:
             raise ValueError(f"the saved state has masters and master_weights is {self.master_weights}: construct it as it was saved")
-        for kind in dtypes.keys() & values.keys():
+        for kind in [kind for kind in dtypes if kind in values]:
             value, dtype = values[kind], dtypes[kind]
             if value.shape != param.shape:
                 raise ValueError(
-                    f"the saved {kind} has shape {tuple(value.shape)} and the parameter {tuple(param.shape)}: take this model's"
+                    f"the saved {kind} has shape {tuple(value.shape)} and its parameter {tuple(param.shape)}: load its own"
                 )
             if value.dtype != dtype and (kind == "master" or torch.promote_types(value.dtype, dtype) != dtype):
                 raise ValueError(f"the saved {kind} has dtype {value.dtype} and here it is {dtype}: construct it as it was saved")
