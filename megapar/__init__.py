@@ -5,12 +5,14 @@ from megapar.layers.embedding import VocabParallelEmbedding
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
 from megapar.layers.parallelize import parallelize
 from megapar.mesh import Axis, ParallelMesh
+from megapar.optim.adamw import FusedAdamW
 from megapar.optim.grad_norm import clip_grad_norm_
 from megapar.params import initialize
 
 __all__ = [
     "Axis",
     "ColumnParallelLinear",
+    "FusedAdamW",
     "ParallelMesh",
     "RowParallelLinear",
     "Shards",

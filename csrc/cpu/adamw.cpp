@@ -228,6 +228,9 @@ void adamw_(at::TensorList weights, at::TensorList grads, at::TensorList masters
   }
   if (state.scalars->skip != 0) return;
   for (AdamwEntry& e : entries) e.past_cache = e.past_cache && bytes > CACHE;
+  // A backward that saved a weight must notice: tests/ops/test_adamw.py::test_a_backward_notices.
+  for (const at::Tensor& weight : weights)
+    if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
   run(entries, bodies, list, bytes);
 }
 

@@ -1,1 +1,1 @@
-"""What optimizers need to know about sharded parameters."""
+"""FusedAdamW, and what optimizers need to know about sharded parameters."""

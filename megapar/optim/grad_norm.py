@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megapar.mesh import ParallelMesh
+from megapar.ops.grad_norm import grad_norm_
 from megapar.params import spec_of
 from megapar.transport import start_all_reduce
 
@@ -23,22 +24,36 @@ def gradient(param: Tensor) -> Tensor | None:
     return param.grad if main_grad is None else main_grad
 
 
-@torch.no_grad()
-def sum_of_squares(params: Iterable[Tensor], mesh: ParallelMesh | None) -> Tensor:
-    """This rank's share of the squared gradient norm: fp64, 0-d. Raises ValueError for a sharded parameter without a mesh."""
-    total: Tensor | None = None
+def check_whole(params: Iterable[Tensor], mesh: ParallelMesh | None) -> None:
+    """Raises ValueError for a sharded parameter without a mesh."""
     for param in params:
-        spec, grad = spec_of(param), gradient(param)
+        spec = spec_of(param)
         if mesh is None and spec is not None and spec.is_sharded:
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is a shard, and its norm needs the other ranks: pass mesh= to the call"
             )
-        owned = spec.owner if spec is not None else mesh is None or mesh.tp.rank == 0
-        if grad is None or not owned:
-            continue
-        squares = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
-        total = squares if total is None else total + squares
-    return total if total is not None else torch.zeros((), dtype=torch.float64)
+
+
+@torch.no_grad()
+def gradient_totals(params: Iterable[Tensor], mesh: ParallelMesh | None) -> Tensor:
+    """This rank's share of what `grad_norm_` sums, float64 [3]. Raises ValueError for a sharded parameter without a mesh."""
+    params = list(params)
+    check_whole(params, mesh)
+    owned = []
+    for param in params:
+        spec, grad = spec_of(param), gradient(param)
+        owner = spec.owner if spec is not None else mesh is None or mesh.tp.rank == 0
+        if grad is not None and owner:
+            owned.append(grad)
+    device = mesh.device if mesh is not None else owned[0].device if owned else None
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    grad_norm_(total, owned)
+    return total
+
+
+def summed(total: Tensor, mesh: ParallelMesh | None) -> Tensor:
+    """`total` of all ranks of mesh.tp: one all-reduce of a few numbers, none where tp is 1."""
+    return total if mesh is None or mesh.tp.size == 1 else start_all_reduce(total, mesh.tp).wait()
 
 
 @torch.no_grad()
@@ -51,12 +66,10 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float, *, mesh: Parallel
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be above 0: leave the call out to not clip")
     params = list(params)
-    squares = sum_of_squares(params, mesh)
-    if mesh is not None and mesh.tp.size > 1:
-        squares = start_all_reduce(squares.to(mesh.device), mesh.tp).wait()
-    norm = squares.sqrt()
-    grads = [grad for grad in map(gradient, params) if grad is not None]
+    norm = summed(gradient_totals(params, mesh), mesh)[0].sqrt()
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(coefficient.to(device=grad.device, dtype=grad.dtype))
+    for param in params:
+        grad = gradient(param)
+        if grad is not None:
+            grad.mul_(coefficient.to(device=grad.device, dtype=grad.dtype))
     return norm

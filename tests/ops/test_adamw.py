@@ -319,6 +319,16 @@ def test_flushing_ends_with_the_call():
     assert float((torch.full((100_000,), 1e-40) * 0.5).sum()) > 0
 
 
+def test_a_backward_notices():
+    """What autograd saved has changed under it."""
+    w = torch.ones(5, requires_grad=True)
+    y = (w * w).sum()
+    with torch.no_grad():
+        step(Lists([w], [torch.ones(5)], [], [torch.zeros(5)], [torch.zeros(5)]), state_at(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_nothing_to_do():
     step(Lists([], [], [], [], []), state_at(1))
 

@@ -10,7 +10,7 @@ from megapar import Axis, ColumnParallelLinear, ParallelMesh, clip_grad_norm_, v
 from megapar.grads import MainGrads
 from megapar.models.config import DecoderConfig
 from megapar.models.decoder import Decoder
-from megapar.optim.grad_norm import sum_of_squares
+from megapar.optim.grad_norm import gradient_totals
 from tests.counting import counted
 from tests.parity import boxes, logical
 
@@ -98,11 +98,11 @@ def test_no_gradients():
 
 
 def test_sums_in_fp64():
-    """bf16 gradients whose squares vanish beside the largest one in fp32."""
+    """bf16 gradients whose squares vanish beside the largest one in fp32: 4096 of them at a time do not (megapar/ops/grad_norm.py)."""
     param = nn.Parameter(torch.zeros(100_001, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     param.grad[0] = 4096.0
-    assert float(sum_of_squares([param], None)) == pytest.approx(4096.0**2 + 100_000, rel=1e-12)
+    assert float(gradient_totals([param], None)[0]) == pytest.approx(4096.0**2 + 100_000, rel=2.2e-6)
 
 
 def test_main_grad_goes_first():
@@ -110,4 +110,4 @@ def test_main_grad_goes_first():
     main = MainGrads([param])
     param.main_grad.fill_(3.0)
     param.grad = torch.full((2,), 100.0)
-    assert float(sum_of_squares(main.params, None)) == pytest.approx(18.0)
+    assert float(gradient_totals(main.params, None)[0]) == pytest.approx(18.0)
