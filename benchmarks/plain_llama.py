@@ -47,8 +47,8 @@ class Attention(nn.Module):
         q = self.wq(x).view(b, s, -1, self.d).transpose(1, 2)
         k = self.wk(x).view(b, s, -1, self.d).transpose(1, 2)
         v = self.wv(x).view(b, s, -1, self.d).transpose(1, 2)
-        q = q * cos + rotate_half(q) * sin
-        k = k * cos + rotate_half(k) * sin
+        q = (q * cos + rotate_half(q) * sin).type_as(v)
+        k = (k * cos + rotate_half(k) * sin).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.wo(y.transpose(1, 2).reshape(b, s, -1))
 
