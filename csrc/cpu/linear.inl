@@ -92,11 +92,11 @@ void gemm(const Operand<T>& a, const Operand<T>& b, int64_t parts, uint32_t* wor
   const int64_t units = plan.units, tall = block_rows<K> / K::MR, wide = NC / K::NR / parts;
   // From one part of B to the next, in units: among its panels, and in a block of them.
   const int64_t next_part = (plan.a_whole ? wide : plan.column_panels) * K::NR * units;
-  parallel(int(threads), [&](int thread, int count) {
+  const auto pack_whole = [&](int thread, int count) {
     const Range mine = share(plan.a_whole ? plan.row_panels : plan.column_panels, thread, count);
     uint32_t* out = workspace + mine.begin * (plan.a_whole ? K::MR : K::NR) * units;
     plan.a_whole ? pack_a(a, mine.begin, mine.end - mine.begin, out) : pack_b(b, parts, mine.begin, mine.end - mine.begin, out, next_part);
-  });
+  };
   const auto work = [&](int64_t thread) {
     const Range down = share(plan.row_panels, int(thread / plan.along_columns), int(plan.along_rows));
     const Range across = share(plan.column_panels, int(thread % plan.along_columns), int(plan.along_columns));
@@ -126,6 +126,8 @@ void gemm(const Operand<T>& a, const Operand<T>& b, int64_t parts, uint32_t* wor
     K::end();
   };
   parallel(int(threads), [&](int thread, int count) {
+    pack_whole(thread, count);
+    barrier(count);
     // More than one share for each where there are fewer threads than asked for.
     for (int64_t part = thread; part < threads; part += count) work(part);
   });

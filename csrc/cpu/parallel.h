@@ -34,6 +34,15 @@ void parallel(int threads, const Body& body) {
   body(0, 1);
 }
 
+// Inside a body: waits until all `count` threads have come here.
+inline void barrier(int count) {
+#if defined(_OPENMP)
+  if (count > 1) {
+#pragma omp barrier
+  }
+#endif
+}
+
 // As many threads as pay: a thread costs a few microseconds to wake, in which one moves about 64 KiB.
 inline int threads_for(int64_t bytes, int most) { return int(std::clamp<int64_t>(bytes / (64 << 10), 1, most)); }
 
