@@ -95,6 +95,8 @@ def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def linear_input_grad_reference(dy: Tensor, weight: Tensor, z: Tensor | None, activation: str) -> Tensor:
     """The op `linear_input_grad` in plain PyTorch."""
+    if (z is None) != (activation == "none"):
+        raise ValueError(f"activation={activation} and z must be given together: pass both or neither")
     dx = dy @ weight
     if z is None:
         return dx
@@ -121,7 +123,7 @@ def linear_weight_grad_reference(
 def linear_bias_grad_reference(out: Tensor, dy: Tensor, beta: float) -> None:
     """The op `linear_bias_grad_` in plain PyTorch."""
     total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.promote_types(out.dtype, torch.float32))
-    out.add_(total) if beta else out.copy_(total)
+    out.mul_(beta).add_(total) if beta else out.copy_(total)
 
 
 @torch.library.register_fake("megapar::linear")
