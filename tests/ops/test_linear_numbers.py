@@ -1,8 +1,10 @@
 """The kernels of a linear layer against fp64, within bounds that follow from K roundings to fp32 and one to the result's dtype.
 
-An element of A B is a sum of K products: |error| <= gamma(K) |A| |B| whatever the order (Higham, Accuracy and Stability, section 3.1), and an
-epilogue adds what its own operations round. Run once by itself, and again for each body by tests/ops/test_linear.py.
+An element of A B is a sum of K products: |error| <= gamma(K) |A| |B| whatever the order (Higham, Accuracy and Stability, section 3.1), and
+an epilogue adds what its own operations round. Run once by itself, and again for each body by tests/ops/test_linear.py.
 """
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,7 +25,17 @@ SIZES = (0, 1, 2, 3, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 97, 
 DEPTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 513)
 LAYOUTS = ("dense", "wide rows", "transposed", "leading")
 any_size, any_depth, any_layout, any_dtype = (st.sampled_from(values) for values in (SIZES, DEPTHS, LAYOUTS, DTYPES))
-many = settings(deadline=None, max_examples=60)
+any_beta = st.sampled_from([0.0, 1.0, 0.5])
+many = settings(deadline=None, max_examples=150)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads change no bit, but beside other processes they wait for each other for longer than small sizes compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -170,7 +182,7 @@ def test_every_gate(kind, dtype):
 
 
 @many
-@given(any_depth, any_size, any_size, any_dtype, st.booleans(), st.sampled_from([0.0, 1.0, 0.5]), st.sampled_from(["one", "number", "tensor"]), any_layout)
+@given(any_depth, any_size, any_size, any_dtype, st.booleans(), any_beta, st.sampled_from(["one", "number", "tensor"]), any_layout)
 def test_weight_grad(t, out, n, dtype, into_fp32, beta, alpha, layout):
     dy, x = normal(t, out, dtype=dtype), normal(t, n, dtype=dtype, seed=1)
     # beta = 0 must not read what is there: fresh memory may hold NaN.
@@ -190,7 +202,7 @@ def test_weight_grad(t, out, n, dtype, into_fp32, beta, alpha, layout):
 
 
 @many
-@given(any_depth, any_size, any_dtype, st.booleans(), st.sampled_from([0.0, 1.0, 0.5]), any_layout)
+@given(any_depth, any_size, any_dtype, st.booleans(), any_beta, any_layout)
 def test_bias_grad(t, n, dtype, into_fp32, beta, layout):
     dy = normal(t, n, dtype=dtype)
     before = normal(n, seed=2).to(torch.float32 if into_fp32 else dtype)
@@ -240,19 +252,23 @@ def test_threads_change_no_bit(dtype):
 def test_not_finite_stays_in_its_row(t, n, out, value, dtype):
     """Its row or column of the result, no other: what fills up panels is zero, and zero times infinity must not be stored."""
     x, weight, dy = normal(t, n, dtype=dtype), normal(out, n, dtype=dtype, seed=1), normal(t, out, dtype=dtype, seed=2)
-    forward = lambda x, weight: torch.ops.megapar.linear(x, weight, None, "none", False)[0]  # noqa: E731
-    # (op, what is dirty, its size, which dimension of the result its first and second index are).
-    cases = [(forward, (x, weight), 0, 0), (forward, (x, weight), 1, 1), (linear_input_grad, (dy, weight), 0, 0), (linear_weight_grad, (dy, x), 0, 1)]
-    for op, operands, which, row_is in cases:
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.megapar.linear(x, weight, None, "none", False)[0]
+
+    # The op, its operands, which of them is dirty, which of its indices leads to the result, as which of the result's.
+    cases = [(forward, (x, weight), 0, 0, 0), (forward, (x, weight), 1, 0, 1)]
+    cases += [(linear_input_grad, (dy, weight), 0, 0, 0), (linear_input_grad, (dy, weight), 1, 1, 1)]
+    cases += [(linear_weight_grad, (dy, x), 0, 1, 0), (linear_weight_grad, (dy, x), 1, 1, 1)]
+    for op, operands, which, index, of_result in cases:
         clean = op(*operands)
         rows, columns = operands[which].shape
-        for row, column in ((0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)):
+        for place in ((0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)):
             dirty = [operand.clone() for operand in operands]
-            dirty[which][row, column] = value
+            dirty[which][place] = value
             found = op(*dirty)
-            # In dy^T x a column of dy becomes a row.
-            hit, place = torch.zeros_like(clean, dtype=torch.bool), column if op is linear_weight_grad else row
-            hit.select(0 if op is linear_weight_grad else row_is, place).fill_(True)
+            hit = torch.zeros_like(clean, dtype=torch.bool)
+            hit.select(of_result, place[index]).fill_(True)
             assert not found[hit].isfinite().any()
             assert torch.equal(found[~hit], clean[~hit])
 
