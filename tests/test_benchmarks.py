@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import overhead, tensor_parallel
+from benchmarks import linear, overhead, tensor_parallel
 from benchmarks.__main__ import render
 from benchmarks.common import Verdict, count, environment, interleaved
 
@@ -70,6 +70,33 @@ def test_bars():
     launches = dict.fromkeys(launches, (names, torch.stack([slow, fast])))
     assert [v.holds for v in overhead.verdicts(launches)] == [False, False, False]
     assert [v.holds for v in tensor_parallel.verdicts(TINY, EAGER, torch.tensor([[1.0, 1.0, 1.4, 1.2]]))] == [True, False]
+
+
+def linear_once() -> list[tuple[list[str], list[list[float]]]]:
+    cases = [(linear.Case(5, 8, 12, dtype), False) for dtype in linear.NAMES]
+    return linear.measure_all([*cases, (linear.Case(5, 8, 12, torch.bfloat16), True)], 2, 1)
+
+
+def test_linear(ranks):
+    """Ours and torch's agree in every dtype, and are timed."""
+    for names, seconds in ranks.run(1, linear_once)[0]:
+        assert len(names) in (3, 4, 8)
+        assert all(second > 0 for row in seconds for second in row)
+
+
+def test_bars_of_linear():
+    names = [f"{kind} {who}" for kind in linear.KINDS for who in ("ours", "torch")]
+    case = linear.Case(10, 10, 10, torch.bfloat16)
+
+    def found(ours: list[float]) -> linear.Found:
+        rows = [[second for one in ours for second in (one, 1.4)]]
+        return {str(case): (case, names, torch.tensor(rows, dtype=torch.float64))}
+
+    assert [v.holds for v in linear.verdicts(found([1.0, 1.0, 1.0, 0.77]), None)] == [True, True, True]
+    assert [v.holds for v in linear.verdicts(found([0.5, 1.0, 1.6, 0.8]), None)] == [True, False, False]
+    slow = linear.verdicts(found([1.2, 1.2, 1.2, 1.2]), 2 * 2000 / 1.4 / 1e9)
+    assert [v.holds for v in slow] == [False, True, False]
+    assert "at the measured peak it would be 2.00" in slow[0].bar and "forward of 10 x 10 -> 10" in slow[1].bar
 
 
 def test_page():

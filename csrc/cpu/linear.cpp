@@ -22,7 +22,7 @@ Activation activation_of(std::string_view name) {
 
 // x [..., n] as rows, with the last dimension contiguous; a copy only where it is not.
 at::Tensor rows(const at::Tensor& x) {
-  const at::Tensor flat = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
+  const at::Tensor flat = x.dim() == 1 ? x.unsqueeze(0) : x.dim() == 2 ? x : x.flatten(0, -2);
   return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
 }
 

@@ -8,6 +8,7 @@ activation and a row-parallel layer as one function: the activation and its deri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,19 +44,19 @@ def mlp(
     """row_linear(activation(column_linear(x, *expand)), *down); activation "swiglu" or "gelu"."""
     x, *parameters = _autocast(x, (*expand, *down))
     args = (x, *parameters, activation, axis, sequence_parallel and axis.size > 1)
-    return _MLP.apply(*args) if _is_plain(expand[0], axis) else run_eagerly(_MLP, *args)
+    return _MLP.apply(*args) if _is_plain(parameters, axis) else run_eagerly(_MLP, *args)
 
 
 def _call(function: Any, x: Tensor, parameters: tuple[Tensor, Optional], axis: Axis, sequence_parallel: bool) -> Tensor:
     x, weight, bias = _autocast(x, parameters)
-    if _is_plain(weight, axis):
+    if _is_plain((weight, bias), axis):
         return linear(x, weight, bias)
     return run_eagerly(function, x, weight, bias, axis, sequence_parallel and axis.size > 1)
 
 
-def _is_plain(weight: Tensor, axis: Axis) -> bool:
+def _is_plain(parameters: Sequence[Optional], axis: Axis) -> bool:
     """Whether nothing is communicated and no main_grad written: the compiler may look inside."""
-    return axis.size == 1 and getattr(weight, "main_grad", None) is None
+    return axis.size == 1 and all(getattr(p, "main_grad", None) is None for p in parameters)
 
 
 def _autocast(x: Tensor, parameters: tuple[Optional, ...]) -> tuple[Any, ...]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from megapar.ops.dispatch import use_reference
 from megapar.ops.swiglu import swiglu_backward_reference, swiglu_reference
 
+ACTIVATIONS = ("none", "gelu", "silu", "swiglu")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., in] to [..., out], differentiable."""
@@ -85,8 +87,14 @@ class _Linear(torch.autograd.Function):
         return dx, dw, linear_bias_grad(dy) if needs_bias else None
 
 
+def _check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name} must be one of {', '.join(ACTIVATIONS)}: correct it")
+
+
 def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """The op `linear` in plain PyTorch."""
+    _check_activation(activation)
     z = F.linear(x, weight, bias)
     if activation == "swiglu":
         return swiglu_reference(z), z
@@ -95,6 +103,9 @@ def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def linear_input_grad_reference(dy: Tensor, weight: Tensor, z: Tensor | None, activation: str) -> Tensor:
     """The op `linear_input_grad` in plain PyTorch."""
+    _check_activation(activation)
+    if (z is None) != (activation == "none"):
+        raise ValueError(f"activation={activation} and z must be given together: pass both or neither")
     dx = dy @ weight
     if z is None:
         return dx
@@ -121,7 +132,7 @@ def linear_weight_grad_reference(
 def linear_bias_grad_reference(out: Tensor, dy: Tensor, beta: float) -> None:
     """The op `linear_bias_grad_` in plain PyTorch."""
     total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.promote_types(out.dtype, torch.float32))
-    out.add_(total) if beta else out.copy_(total)
+    out.mul_(beta).add_(total) if beta else out.copy_(total)
 
 
 @torch.library.register_fake("megapar::linear")
