@@ -2,7 +2,7 @@
 
 namespace megapar::MEGAPAR_ISA {
 
-// e^x within 2 ulp; 0 below -103.97, infinity above 88.73. Cody and Waite's range reduction, then a polynomial fitted to the
+// e^x within 2.3 ulp, 3.1 x 2^-24 of itself; 0 below -103.97, infinity above 88.73. Cody and Waite's range reduction, then a polynomial fitted to the
 // least relative error on |r| <= ln(2) / 2.
 static inline F32 exp(F32 x) {
   const F32 clamped = max(splat(-104.0f), min(splat(89.0f), x));

@@ -46,9 +46,12 @@ def vocab_parallel_cross_entropy(
     start, size = _place(logits, axis, vocab_size)
     flat = target.reshape(-1)
     ignored = flat == ignore_index
-    check_ids(flat.masked_fill(ignored, 0), size, "targets")
-    index = flat - start
-    index = index.masked_fill((index < 0) | (index >= logits.shape[-1]) | ignored, -1)
+    # An ignored row may look up any logit: nothing of it reaches the loss.
+    index = flat.masked_fill(ignored, 0)
+    check_ids(index, size, "targets")
+    if logits.shape[-1] < size:
+        index = index - start
+        index = index.masked_fill((index < 0) | (index >= logits.shape[-1]), -1)
     rows = logits.reshape(-1, logits.shape[-1])
     options = {"vocab_size": size, "label_smoothing": label_smoothing, "z_loss": z_loss}
     loss = run_eagerly(_CrossEntropy, rows, index, ignored, axis, options, overwrite_logits)
