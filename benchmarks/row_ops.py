@@ -125,13 +125,16 @@ def draw(case: Case, repeat: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).bfloat16() for shape in case.shapes]
 
 
-def gradients_of(outputs: Any, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[Tensor] | None]:
-    """(outputs, the gradients that arrive at them): none for a loss."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+def outputs_of(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def arriving_at(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+    """The gradients from behind the op: none for a loss."""
     if outputs[0].dim() == 0:
-        return outputs, None
+        return None
     generator = torch.Generator().manual_seed(7)
-    return outputs, [torch.randn(z.shape, generator=generator).bfloat16().to(dtype) for z in outputs]
+    return [torch.randn(z.shape, generator=generator).bfloat16().to(dtype) for z in outputs]
 
 
 def contender(name: str, case: Case, function: Function, dtype: torch.dtype = torch.bfloat16) -> Contender:
@@ -141,12 +144,12 @@ def contender(name: str, case: Case, function: Function, dtype: torch.dtype = to
     def prepare(data: list[Tensor]) -> list[Tensor]:
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in data]
         if not arriving:
-            arriving.append(gradients_of(function(*inputs, *more), dtype)[1])
+            arriving.append(arriving_at(outputs_of(function(*inputs, *more)), dtype))
         return inputs
 
     def step(inputs: list[Tensor]) -> tuple[Tensor, ...]:
         # Not backward(): a leaf copies a gradient that it shares with another leaf, as x and the residual would.
-        return torch.autograd.grad(function(*inputs, *more), inputs, arriving[0])
+        return torch.autograd.grad(outputs_of(function(*inputs, *more)), inputs, arriving[0])
 
     return Contender(name, prepare, step, one_rank_threads=2)
 

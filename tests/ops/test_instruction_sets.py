@@ -1,4 +1,4 @@
-"""Every body of the memory-bound kernels meets the bounds: their tests again, in a process that MEGAPAR_CPU_ISA holds to fewer instructions."""
+"""Every body of the memory-bound kernels meets the bounds: their tests again, where MEGAPAR_CPU_ISA allows fewer instructions."""
 
 import os
 import subprocess
