@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import linear, overhead, tensor_parallel
+from benchmarks import linear, overhead, row_ops, tensor_parallel
 from benchmarks.__main__ import render
 from benchmarks.common import Verdict, count, environment, interleaved
 
@@ -53,6 +53,24 @@ def test_tensor_parallel(ranks):
 def test_check_of_losses():
     with pytest.raises(AssertionError, match="b: loss"):
         tensor_parallel.check({"a": 1.0, "b": 1.0001})
+
+
+@pytest.mark.parametrize("case", row_ops.cases()[4:], ids=str)
+def test_row_ops(case):
+    """Of the sizes in cache: all compute the same gradients, and a wrong one is noticed."""
+    eager = row_ops.contender(row_ops.EAGER, case, case.peer)
+    row_ops.check(case, [row_ops.contender(row_ops.OURS, case, case.ours), eager])
+    wrong = row_ops.contender(row_ops.EAGER, case, lambda *args: [z * 1.1 for z in row_ops.outputs_of(case.peer(*args))])
+    with pytest.raises(AssertionError, match=r"a gradient of eager is off by 1\.0e-01"):
+        row_ops.check(case, [wrong])
+
+
+def test_row_ops_bars():
+    case, names = row_ops.cases()[0], [row_ops.OURS, row_ops.EAGER, row_ops.COMPILED, row_ops.COPY]
+    for seconds, holds in (([1.0, 3.1, 1.1, 0.9], [True, True]), ([1.0, 2.9, 0.9, 0.9], [False, False])):
+        assert [v.holds for v in row_ops.verdicts(case, names, torch.tensor([seconds]))] == holds
+    row = row_ops.row(case, names, torch.tensor([[1e-3, 3e-3, 2e-3, 5e-4]], dtype=torch.float64))
+    assert row[1:] == ["1000", "3000", "2000", "3.00", "2.00", "33.6", "0.50"]
 
 
 def test_verdicts():

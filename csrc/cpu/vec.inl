@@ -14,7 +14,22 @@ static inline F32 splat(float x) { return x - F32{}; }
 
 static inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 
-static inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+// b where either is NaN. GCC does not find the instruction in the comparison.
+static inline F32 max(F32 a, F32 b) {
+#if MEGAPAR_LEVEL >= 512
+  return (F32)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline F32 min(F32 a, F32 b) {
+#if MEGAPAR_LEVEL >= 512
+  return (F32)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 static inline F32 sqrt(F32 x) {
 #if MEGAPAR_LEVEL >= 512
@@ -48,9 +63,13 @@ static inline F32 load(const float* p) {
 }
 
 static inline F32 load(const bf16* p) {
+#if MEGAPAR_LEVEL >= 512
+  return (F32)((U32)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#else
   U16 h;
   std::memcpy(&h, p, sizeof h);
   return (F32)(__builtin_convertvector(h, U32) << 16);
+#endif
 }
 
 static inline F32 load(const fp16* p) {

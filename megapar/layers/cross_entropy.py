@@ -49,7 +49,7 @@ def vocab_parallel_cross_entropy(
 def local_targets(
     target: Tensor, width: int, axis: Axis, vocab_size: int | None, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, int]:
-    """(place of each target in this rank's `width` entries of the vocabulary or -1, which are ignored, size of the whole vocabulary).
+    """(place of each target in this rank's `width` entries of the vocabulary, or -1; which are ignored; size of the whole vocabulary).
 
     Raises ValueError for targets outside the vocabulary, a width that is not this rank's, and label_smoothing or z_loss out of range.
     """
@@ -59,9 +59,13 @@ def local_targets(
         raise ValueError(f"z_loss={z_loss} must be 0 or more: 0 turns it off")
     start, size = _place(width, target.device, axis, vocab_size)
     ignored = target == ignore_index
-    check_ids(target.masked_fill(ignored, 0), size, "targets")
-    index = target - start
-    return index.masked_fill((index < 0) | (index >= width) | ignored, -1), ignored, size
+    # An ignored row may look up any logit: nothing of it reaches the loss.
+    index = target.masked_fill(ignored, 0)
+    check_ids(index, size, "targets")
+    if width < size:
+        index = index - start
+        index = index.masked_fill((index < 0) | (index >= width), -1)
+    return index, ignored, size
 
 
 def _place(width: int, device: torch.device, axis: Axis, vocab_size: int | None) -> tuple[int, int]:

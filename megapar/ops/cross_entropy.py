@@ -46,6 +46,9 @@ def cross_entropy_statistics_reference(logits: Tensor, index: Tensor, with_sum: 
 
 def cross_entropy_join(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[ranks, 4, t] of every rank's statistics to lse, z_y and sum of z, each [t], added in rank order."""
+    if parts.shape[0] == 1:
+        largest, total, target, everything = parts[0].unbind()
+        return total.log() + largest, target, everything
     largest = parts[:, 0].amax(0)
     shift = torch.where(largest.isinf() & (largest < 0), 0.0, largest)
     scale = torch.where(parts[:, 0] == -torch.inf, 0.0, (parts[:, 0] - shift).exp())

@@ -49,3 +49,33 @@ def test_default_eps(kind):
     ours, theirs = PAIRS[kind]
     x = 1e-3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(6)(x), theirs(6, eps=1e-6 if kind == "rms" else 1e-5)(x))
+
+
+def summed(kind: str, tp: int, sequence_parallel: bool) -> None:
+    """norm(x, residual) is (norm(x + residual), x + residual), with the gradients that both send back."""
+    axis = ParallelMesh(tp=tp).tp
+    ours, theirs = PAIRS[kind]
+    layer = ours(6, eps=1e-3, tp=axis, sequence_parallel=sequence_parallel).double()
+    reference = theirs(6, eps=1e-3).double()
+    c = 8 // tp
+    mine = slice(axis.rank * c, (axis.rank + 1) * c) if sequence_parallel else slice(None)
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(8, 6, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
+    dy, ds = (torch.randn(8, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    local = [z.detach()[mine].clone().requires_grad_() for z in whole]
+    y, s = layer(*local)
+    torch.autograd.backward([y, s], [dy[mine], ds[mine]])
+    total = whole[0] + whole[1]
+    expected = reference(total)
+    torch.autograd.backward([expected, total], [dy, ds])
+    torch.testing.assert_close((y, s), (expected[mine], total[mine]), rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(local, whole, strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad[mine], rtol=1e-12, atol=1e-12)
+    for param, wanted in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_residual(ranks, kind):
+    for tp, sequence_parallel in ((1, False), (2, True)):
+        ranks.run(tp, summed, kind, tp, sequence_parallel)

@@ -1,4 +1,4 @@
-"""Every kernel test of this folder again under fewer instructions, in a process held to them by MEGAPAR_CPU_ISA."""
+"""Every body of the memory-bound kernels meets the bounds: their tests again, where MEGAPAR_CPU_ISA allows fewer instructions."""
 
 import os
 import subprocess
