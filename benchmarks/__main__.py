@@ -18,7 +18,7 @@ import tyro
 
 from benchmarks.common import RESULTS
 
-NAMES = ("overhead", "tensor_parallel", "convergence")
+NAMES = ("overhead", "tensor_parallel", "optimizer", "convergence")
 PAGE = RESULTS.parent / "RESULTS.md"
 
 
