@@ -12,24 +12,18 @@ static inline F adamw_update(F g, F w, F& m, F& v, const Coefficients& c) {
   return w - w * c.decay - m * c.step_size / (sqrt(v) * c.root_scale + c.eps);
 }
 
-// An fp32 pattern u as a bf16 pattern (its upper half, rounded half away from zero) and 16 bits of remainder (its lower half).
-//
-// A bijection of all 2^32 patterns. NaNs do not round: 0x7FFFFFFF would become -0. The slot of 0x7F80'8000 to 0x7F80'FFFF is that of the
-// finite numbers that round to infinity, so these signalling NaNs, which no arithmetic yields, take the one that the others leave free: a
-// zero with a negative remainder. benchmarks/optimizer.py --exhaustive runs through all of them.
-template <class U>
-static inline U split_high(U u) {
-  const U high = u >> 16, magnitude = high & 0x7FFFu, carry = u >> 15 & 1u;
-  const U rounded = magnitude > 0x7F80u ? high : high + carry;
-  return (magnitude == 0x7F80u) & (carry == 1u) ? high & 0x8000u : rounded;
+// The pattern u of an fp32 number x as bf16, rounded half away from zero; the remainder is the lower half of u. A NaN does not round:
+// 0x7FFFFFFF would become -0.
+template <class F, class U>
+static inline U split_high(F x, U u) {
+  return (x != x ? u : u + 0x8000u) >> 16;
 }
 
-// The inverse; `high` and `low` hold 16 bits each.
+// The inverse, from 16 bits each: exact for what is no NaN, and for a NaN some NaN, which the arithmetic that follows makes of any.
+// megapar/ops/adamw.py has the pair that keeps NaNs' bits too.
 template <class U>
 static inline U join(U high, U low) {
-  const U magnitude = high & 0x7FFFu, borrow = low >> 15;
-  const U whole = (magnitude > 0x7F80u ? high : high - borrow) << 16 | low;
-  return (magnitude == 0u) & (borrow == 1u) ? (high | 0x7F80u) << 16 | low : whole;
+  return (high << 16 | low) - ((low & 0x8000u) << 1);
 }
 
 // MurmurHash3's 32-bit finaliser.

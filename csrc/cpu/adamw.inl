@@ -36,43 +36,54 @@ template <class G, class W, class Master, class Moment>
 struct Adamw {
   static constexpr bool SPLIT = std::is_same_v<Master, int16_t>, WIDE = std::is_same_v<Master, float>;
 
-  static inline void step(const AdamwEntry& e, int64_t i, int64_t n, uint64_t index) {
-    W* weight = static_cast<W*>(e.weight) + i;
-    Master* master = static_cast<Master*>(e.master) + i;
-    Moment *exp_avg = static_cast<Moment*>(e.exp_avg) + i, *exp_avg_sq = static_cast<Moment*>(e.exp_avg_sq) + i;
-    F32 m = load_upto(exp_avg, n), v = load_upto(exp_avg_sq, n), w;
+  const G* grad;
+  W* weight;
+  Master* master;
+  Moment *exp_avg, *exp_avg_sq;
+  // Copies: through a reference they would be read again for each vector, the stores might have changed them.
+  Coefficients coefficients;
+  bool past_cache, stochastic;
+  uint64_t key;
+
+  // Elements [i, i + n); the first of them is element `index` of the logical tensor.
+  inline __attribute__((always_inline)) void step(int64_t i, int64_t n, uint64_t index) const {
+    F32 m = load_upto(exp_avg + i, n), v = load_upto(exp_avg_sq + i, n), w;
     if constexpr (SPLIT) {
-      w = (F32)join(load_bits(weight, n), load_bits(master, n));
+      w = (F32)join(load_bits(weight + i, n), load_bits(master + i, n));
     } else if constexpr (WIDE) {
-      w = load_upto(master, n);
+      w = load_upto(master + i, n);
     } else {
-      w = load_upto(weight, n);
+      w = load_upto(weight + i, n);
     }
-    w = adamw_update(load_upto(static_cast<const G*>(e.grad) + i, n), w, m, v, e.coefficients);
-    const U32 random = e.stochastic ? noise_at(index, e.key) : U32{};
-    store_state(exp_avg, m, n, e.stochastic, random >> 16);
-    store_state(exp_avg_sq, v, n, e.stochastic, e.stochastic ? mix(random) : random);
+    w = adamw_update(load_upto(grad + i, n), w, m, v, coefficients);
+    const U32 random = stochastic ? noise_at(index, key) : U32{};
+    store_state(exp_avg + i, m, n, stochastic, random >> 16);
+    store_state(exp_avg_sq + i, v, n, stochastic, stochastic ? mix(random) : random);
     if constexpr (SPLIT) {
-      const U32 high = split_high((U32)w);
-      store_bits(weight, high, n);
-      store_bits(master, (U32)w & 0xFFFFu, n);
+      store_bits(weight + i, split_high(w, (U32)w), n);
+      store_bits(master + i, (U32)w & 0xFFFFu, n);
     } else if constexpr (WIDE) {
-      store_upto(master, w, n);
+      store_upto(master + i, w, n);
       if constexpr (sizeof(W) == 2) {
-        if (e.past_cache && n == LANES) return store_past_cache(weight, w);
+        if (past_cache && n == LANES) return store_past_cache(weight + i, w);
       }
-      store_upto(weight, w, n);
+      store_upto(weight + i, w, n);
     } else {
-      store_state(weight, w, n, e.stochastic, random);
+      store_state(weight + i, w, n, stochastic, random);
     }
   }
 
   // Elements [begin, end) of the entry, row by row of its place in the logical tensor.
   static void run(const AdamwEntry& e, int64_t begin, int64_t end) {
+    const Adamw update = {static_cast<const G*>(e.grad),       static_cast<W*>(e.weight),
+                          static_cast<Master*>(e.master),      static_cast<Moment*>(e.exp_avg),
+                          static_cast<Moment*>(e.exp_avg_sq), e.coefficients,
+                          e.past_cache,                        e.stochastic,
+                          e.key};
     while (begin < end) {
       const int64_t row = begin / e.columns, column = begin % e.columns, stop = std::min(end, (row + 1) * e.columns);
       const uint64_t first = uint64_t(e.base) + uint64_t(row) * uint64_t(e.stride) + uint64_t(column);
-      for_each_vector(begin, stop, [&](int64_t i, int64_t n) { step(e, i, n, first + uint64_t(i - begin)); });
+      for_each_vector(begin, stop, [=](int64_t i, int64_t n) { update.step(i, n, first + uint64_t(i - begin)); });
       begin = stop;
     }
   }

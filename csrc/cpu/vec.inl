@@ -62,14 +62,19 @@ static inline F32 load(const float* p) {
   return x;
 }
 
-static inline F32 load(const bf16* p) {
+// 16 bits to 32, zeros above. gcc 12 makes five instructions of __builtin_convertvector where one does it.
+static inline U32 widen(U16 h) {
 #if MEGAPAR_LEVEL >= 512
-  return (F32)((U32)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i*)p)) << 16);
+  return (U32)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)h);
 #else
+  return __builtin_convertvector(h, U32);
+#endif
+}
+
+static inline F32 load(const bf16* p) {
   U16 h;
   std::memcpy(&h, p, sizeof h);
-  return (F32)(__builtin_convertvector(h, U32) << 16);
-#endif
+  return (F32)(widen(h) << 16);
 }
 
 static inline F32 load(const fp16* p) {
@@ -174,7 +179,7 @@ static inline double sum(F64 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1
 static inline U32 load_bits(const void* p, int64_t n) {
   U16 h = {};
   n == LANES ? std::memcpy(&h, p, sizeof h) : std::memcpy(&h, p, n * sizeof(uint16_t));
-  return __builtin_convertvector(h, U32);
+  return widen(h);
 }
 
 static inline void store_bits(void* p, U32 bits, int64_t n) {

@@ -145,21 +145,25 @@ def adamw_reference(
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 to (bf16, int16 remainder): the upper half, rounded half away from zero, and the lower; see csrc/common/adamw.inl."""
+    """fp32 to (bf16, int16 remainder): the upper half, rounded half away from zero, and the lower. A bijection of all 2^32 patterns.
+
+    NaNs do not round, 0x7FFFFFFF would become -0. The place of 0x7F808000 to 0x7F80FFFF is taken by the finite numbers that round to
+    infinity, so these signalling NaNs, which no arithmetic yields, take the one that the others leave: a zero with a negative remainder.
+    """
     u = w.view(torch.int32).long() & MASK
-    high, carry = u >> 16, u >> 15 & 1
-    magnitude = high & 0x7FFF
-    rounded_up = torch.where(magnitude > 0x7F80, high, high + carry)
-    high = torch.where((magnitude == 0x7F80) & (carry == 1), high & 0x8000, rounded_up)
+    magnitude = u & 0x7FFFFFFF
+    rounded_up = torch.where(magnitude >= 0x7F810000, u, u + 0x8000)
+    high = torch.where((magnitude >= 0x7F808000) & (magnitude < 0x7F810000), u & 0x80000000, rounded_up) >> 16
     return high.to(torch.int16).view(torch.bfloat16), u.to(torch.int16)
 
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """The inverse of `split`."""
     high, low = weight.view(torch.int16).long() & 0xFFFF, remainder.long() & 0xFFFF
-    magnitude, borrow = high & 0x7FFF, low >> 15
-    whole = torch.where(magnitude > 0x7F80, high, high - borrow) << 16 | low
-    return torch.where((magnitude == 0) & (borrow == 1), (high | 0x7F80) << 16 | low, whole).to(torch.int32).view(torch.float32)
+    magnitude, negative = high & 0x7FFF, low >= 0x8000
+    u = (high << 16 | low) - torch.where(negative & (magnitude <= 0x7F80), 0x10000, 0)
+    u = torch.where(negative & (magnitude == 0), (high | 0x7F80) << 16 | low, u)
+    return u.to(torch.int32).view(torch.float32)
 
 
 def rounded(x: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tensor:

@@ -178,15 +178,17 @@ def test_split_and_join_are_inverses():
 
 
 def test_the_kernel_splits_and_joins_alike():
-    """With lr 0 a master comes back as it was: all that are finite and not denormal; NaNs stay NaNs."""
+    """With lr 0 a master comes back as it was, unless it is denormal; NaNs stay NaNs."""
     x = patterns()
-    x = x[(x.abs() >= 2.0**-126) & x.isfinite() | x.isnan() & (x.view(torch.int32) & 0x400000 != 0)]
+    x = x[(x.abs() >= 2.0**-126) | x.isnan()]
     weight, remainder = split(x)
     zeros = [torch.zeros_like(x) for _ in range(3)]
     found = Lists([weight.clone()], [zeros[0]], [remainder.clone()], [zeros[1]], [zeros[2]])
     step(found, state_at(1), lr=0.0)
-    assert torch.equal(found.weights[0].view(INT16), weight.view(INT16))
-    assert torch.equal(found.masters[0], remainder)
+    finite = x.isfinite()
+    assert torch.equal(found.weights[0].view(INT16)[finite], weight.view(INT16)[finite])
+    assert torch.equal(found.masters[0][finite], remainder[finite])
+    assert found.weights[0][~finite].isnan().all(), "also inf, of which 0 times is subtracted"
 
 
 def test_skips():
