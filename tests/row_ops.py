@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from megapar.ops import dispatch
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest relative error of rounding to a dtype."""
@@ -16,6 +19,7 @@ WIDTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 80, 127, 129, 1025)
 """Around one vector of 16 and the four that a loop takes at a time."""
 ROWS = (0, 1, 2, 15, 16, 17, 33, 130)
 """Around the 16 rows of a block; 130 is more than two blocks, which are of different sizes then."""
+kernels_only = pytest.mark.skipif(dispatch.FORCED == "reference", reason="checks and range that the kernels alone have")
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -12,7 +12,7 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t NONE[] = {0};  // the shape of an output that was not asked for
 
-// Rows of at least 16 and at most 64 blocks.
+// At most 64 blocks, of at least 16 rows: a function of t alone (tests/ops/test_rms_norm.py::test_threads).
 int row_blocks(int64_t t) { return int(std::clamp<int64_t>(t / 16, 1, 64)); }
 
 void check_weight(const at::Tensor& weight, const at::Tensor& x, const char* name) {
@@ -36,12 +36,12 @@ void check_statistic(const at::Tensor& statistic, const at::Tensor& s, const cha
 
 Optional contiguous(const Optional& x) { return x ? Optional(x->contiguous()) : x; }
 
+using megapar::data;  // beside that of an optional tensor, which would hide it
+
 template <class T>
 T* data(const Optional& x) {
   return x ? static_cast<T*>(x->data_ptr()) : nullptr;
 }
-
-using megapar::data;
 
 // body(T{}, W{}) with the types of x and of its weight.
 template <class Body>

@@ -15,7 +15,7 @@ from megapar.ops.cross_entropy import (
     cross_entropy_statistics,
     cross_entropy_statistics_reference,
 )
-from tests.row_ops import DTYPES, FP32, LEAST, UNIT, assert_within, check_op, each_number_of_threads, normal, strided
+from tests.row_ops import DTYPES, FP32, LEAST, UNIT, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
 
 OPTIONS = {"vocab_size": 9, "label_smoothing": 0.2, "z_loss": 0.01}
 PLAIN = {"vocab_size": 4, "label_smoothing": 0.0, "z_loss": 0.0}
@@ -233,6 +233,7 @@ def test_opcheck():
     check_op("cross_entropy_grad_", *args)
 
 
+@kernels_only
 @pytest.mark.parametrize(
     "change,told",
     [
@@ -258,6 +259,7 @@ def test_refusals(change, told):
     assert told in str(caught.value)
 
 
+@kernels_only
 def test_refuses_an_output_that_is_an_input():
     memory = torch.ones(12)
     with pytest.raises(ValueError, match="dloss and lse must not share the memory of logits"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.dropout import dropout, dropout_key, dropout_reference, dropout_rows
-from tests.row_ops import DTYPES, ROWS, WIDTHS, check_op, each_number_of_threads, normal, strided
+from tests.row_ops import DTYPES, ROWS, WIDTHS, check_op, each_number_of_threads, kernels_only, normal, strided
 
 KEY = dropout_key(1, 2, 3)
 
@@ -120,6 +120,7 @@ def test_opcheck():
     check_op("dropout", normal(3, 20, dtype=torch.bfloat16), rows_of(3), KEY, 0.3, 5)
 
 
+@kernels_only
 @pytest.mark.parametrize(
     "change,told",
     [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.layer_norm import layer_norm, layer_norm_backward_reference, layer_norm_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, normal, strided
+from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
 
 op, op_backward = torch.ops.megapar.layer_norm.default, torch.ops.megapar.layer_norm_backward.default
 
@@ -71,6 +71,7 @@ def test_a_mean_far_from_zero():
     check(x, None, torch.ones(700), None, 0.0, normal(4, 700, dtype=torch.float32, seed=1), None)
 
 
+@kernels_only
 @pytest.mark.parametrize("scale", [1e-25, 1e20, 3e37])
 def test_range(scale):
     """Rows whose squares underflow or overflow in fp32, or whose sum does."""
@@ -143,6 +144,7 @@ def test_opcheck():
         check_op("layer_norm_backward", x, residual, x.clone(), weight, statistic, statistic.clone())
 
 
+@kernels_only
 @pytest.mark.parametrize(
     "change,told",
     [

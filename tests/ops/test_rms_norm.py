@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.rms_norm import rms_norm, rms_norm_backward_reference, rms_norm_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, normal, strided
+from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
 
 op, op_backward = torch.ops.megapar.rms_norm.default, torch.ops.megapar.rms_norm_backward.default
 
@@ -66,6 +66,7 @@ def test_wide_rows(h):
     check(x, residual, normal(h, dtype=torch.bfloat16, seed=4), 1e-6, dy, ds)
 
 
+@kernels_only
 @pytest.mark.parametrize("scale", [1e-25, 1e-36, 1e20, 3e37])
 def test_range(scale):
     """Rows whose squares underflow or overflow in fp32, beside ordinary ones."""
@@ -158,6 +159,7 @@ def test_opcheck():
         check_op("rms_norm_backward", x, residual, x.clone(), weight, rstd)
 
 
+@kernels_only
 @pytest.mark.parametrize(
     "change,told",
     [

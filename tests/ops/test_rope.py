@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.rope import rope_angles, rope_qkv, rope_qkv_backward_reference, rope_qkv_reference
-from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, normal
+from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, kernels_only, normal
 
 op, op_backward = torch.ops.megapar.rope_qkv.default, torch.ops.megapar.rope_qkv_backward.default
 
@@ -145,6 +145,7 @@ def test_opcheck():
     check_op("rope_qkv_backward", *op(qkv, *angles, 2, 2, 1), *angles)
 
 
+@kernels_only
 @pytest.mark.parametrize(
     "change,told",
     [

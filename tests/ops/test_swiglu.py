@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.swiglu import swiglu, swiglu_backward_reference, swiglu_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, normal, strided
+from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
 
 FLUSHED = 4e-37
 """e^88.73 is the largest number of fp32: below gate = -88.7 the kernel gives 0 where gate * sigmoid(gate) is still as large as this."""
@@ -96,6 +96,7 @@ def test_opcheck():
     check_op("swiglu_backward", gate_up[:, :10].contiguous(), gate_up)
 
 
+@kernels_only
 def test_refusals():
     for run, told in (
         (lambda: swiglu(torch.ones(3, 5)), "gate_up is 5 wide and must hold gate and up: give it an even width"),
