@@ -111,8 +111,8 @@ def swiglu_contenders(threads: int, compiled: bool) -> list[Contender]:
         EAGER: eager,
     }
     if compiled:
-        run = torch.compile(eager, dynamic=False)
-        steps[COMPILED] = run
+        torch._dynamo.reset()
+        steps[COMPILED] = torch.compile(eager, dynamic=False)
     return [Contender(name, lambda data: data, step, threads) for name, step in steps.items()]
 
 
@@ -125,10 +125,9 @@ def check(found: list[Contender], data: dict[str, Tensor], pairs: list[tuple[int
         assert error <= AGREE[data["x"].dtype], f"{found[a].name} and {found[b].name} differ by {error:.1e} of the largest number"
 
 
-def measure(case: Case, threads: int, repeats: int, swiglu_half: bool) -> tuple[list[str], list[list[float]]]:
+def measure(case: Case, threads: int, repeats: int, swiglu_half: bool, compiled: bool) -> tuple[list[str], list[list[float]]]:
     """In one rank: names, and wall seconds [repeats, contenders]."""
-    torch._dynamo.reset()
-    found = swiglu_contenders(threads, can_compile()) if swiglu_half else contenders(threads)
+    found = swiglu_contenders(threads, compiled) if swiglu_half else contenders(threads)
     data = draw(case, -1)
     check(found, data, [(0, i) for i in range(1, len(found))] if swiglu_half else [(i, i + 1) for i in range(0, len(found), 2)])
     # At least about 10 ms at 400 GFLOP/s: shorter ones see the clock and each other.
@@ -146,8 +145,10 @@ def can_compile() -> bool:
     return True
 
 
-def measure_all(cases: list[tuple[Case, bool]], threads: int, repeats: int) -> list[tuple[list[str], list[list[float]]]]:
-    return [measure(case, threads, repeats, half) for case, half in cases]
+def measure_all(cases: list[tuple[Case, bool]], threads: int, repeats: int, compiled: bool) -> list[tuple[list[str], list[list[float]]]]:
+    """Of each (case, whether it is the SwiGLU half); `compiled`: with torch.compile, where it works."""
+    compiled = compiled and can_compile()
+    return [measure(case, threads, repeats, half, compiled) for case, half in cases]
 
 
 Found = dict[str, tuple[Case, list[str], Tensor]]
@@ -230,7 +231,7 @@ def main(repeats: int = 7, threads: int = 0) -> None:
     others = {dtype: [Case(*sizes, dtype) for sizes in OTHERS] for dtype in (torch.float32, torch.float16)}
     halves = [Case(t, n, 2 * ffn, torch.bfloat16) for t, n, ffn in SWIGLU]
     plan = [(case, False) for case in [*main_cases, *others[torch.float32], *others[torch.float16]]] + [(case, True) for case in halves]
-    results = start(1, measure_all, plan, threads, repeats)[0]
+    results = start(1, measure_all, plan, threads, repeats, True)[0]
     look()
     by_case = {}
     for (case, _), (names, listed) in zip(plan, results, strict=True):

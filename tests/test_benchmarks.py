@@ -74,7 +74,7 @@ def test_bars():
 
 def linear_once() -> list[tuple[list[str], list[list[float]]]]:
     cases = [(linear.Case(5, 8, 12, dtype), False) for dtype in linear.NAMES]
-    return linear.measure_all([*cases, (linear.Case(5, 8, 12, torch.bfloat16), True)], 2, 1)
+    return linear.measure_all([*cases, (linear.Case(5, 8, 12, torch.bfloat16), True)], 1, 1, False)
 
 
 def test_linear(ranks):
