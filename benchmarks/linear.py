@@ -116,9 +116,10 @@ def swiglu_contenders(threads: int, compiled: bool) -> list[Contender]:
     return [Contender(name, lambda data: data, step, threads) for name, step in steps.items()]
 
 
-def check(found: list[Contender], data: dict[str, Tensor], pairs: list[tuple[int, int]]) -> None:
-    """Contenders that do the same work agree."""
-    for a, b in pairs:
+def check(found: list[Contender], data: dict[str, Tensor]) -> None:
+    """Contenders that do the same work agree: all of them with the first, or ours with torch's of each kind."""
+    halves = found[0].name == FUSED
+    for a, b in [(0, i) for i in range(1, len(found))] if halves else [(i, i + 1) for i in range(0, len(found), 2)]:
         ours, theirs = (found[i].step(found[i].prepare(data)) for i in (a, b))
         ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (ours, theirs))
         error = float((ours - theirs).abs().max()) / float(theirs.abs().max())
@@ -128,8 +129,7 @@ def check(found: list[Contender], data: dict[str, Tensor], pairs: list[tuple[int
 def measure(case: Case, threads: int, repeats: int, swiglu_half: bool, compiled: bool) -> tuple[list[str], list[list[float]]]:
     """In one rank: names, and wall seconds [repeats, contenders]."""
     found = swiglu_contenders(threads, compiled) if swiglu_half else contenders(threads)
-    data = draw(case, -1)
-    check(found, data, [(0, i) for i in range(1, len(found))] if swiglu_half else [(i, i + 1) for i in range(0, len(found), 2)])
+    check(found, draw(case, -1))
     # At least about 10 ms at 400 GFLOP/s: shorter ones see the clock and each other.
     inner = min(max(round(4e9 / case.flops), 1), 8)
     seconds = interleaved(found, partial(draw, case), repeats=repeats, inner=inner)[0]
