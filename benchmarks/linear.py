@@ -15,6 +15,7 @@ All threads; contenders interleaved on fresh random inputs. Before timing, both 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def measure(case: Case, threads: int, repeats: int, swiglu_half: bool, compiled:
     check(found, draw(case, -1))
     # At least about 10 ms at 400 GFLOP/s: shorter ones see the clock and each other.
     inner = min(max(round(4e9 / case.flops), 1), 8)
-    seconds = interleaved(found, partial(draw, case), repeats=repeats, inner=inner)[0]
+    seconds = interleaved(found, partial(draw, case), repeats=repeats, inner=inner, warmup=1)[0]
     return [c.name for c in found], seconds.tolist()
 
 
@@ -148,6 +149,8 @@ def can_compile() -> bool:
 def measure_all(cases: list[tuple[Case, bool]], threads: int, repeats: int, compiled: bool) -> list[tuple[list[str], list[list[float]]]]:
     """Of each (case, whether it is the SwiGLU half); `compiled`: with torch.compile, where it works."""
     compiled = compiled and can_compile()
+    # Each measurement collects garbage first; what exists by now is never garbage, and looking through it takes as long as a GEMM.
+    gc.freeze()
     return [measure(case, threads, repeats, half, compiled) for case, half in cases]
 
 
