@@ -6,9 +6,9 @@ For a weight [out, in] and t tokens: forward x w^T, input gradient dy w, weight 
 gradient added to an fp32 main_grad, which torch does as `main_grad.add_(dy.t() @ x)`: through a bf16 gradient that is written, read, and
 rounded once. Then a SwiGLU MLP's first half, x w^T and silu(gate) * up in one kernel or two.
 
-ours, torch      GFLOP/s, of the median of the repeats
+a / b            GFLOP/s of the median of the repeats, ours / torch
 x                median of the ratios taken within each repeat: how often ours runs while torch's runs once
-of peak          ours / the rate of products from registers (benchmarks/peak.cpp), measured in the same run before and after, the better
+peak             ours / the rate of products from registers (benchmarks/peak.cpp), measured in the same run before and after, the better
 
 All threads; contenders interleaved on fresh random inputs. Before timing, both results are compared with each other.
 """
@@ -177,10 +177,10 @@ def grid(found: Found, peak: float | None, title: str) -> Grid:
         cells = []
         for kind in KINDS:
             ours, torchs = (gflops(case, names, seconds, f"{kind} {who}") for who in ("ours", "torch"))
-            cells += [f"{ours:.0f}", f"{torchs:.0f}", f"{ratio(seconds, names, f'{kind} torch', f'{kind} ours'):.2f}"]
+            cells += [f"{ours:.0f} / {torchs:.0f}", f"{ratio(seconds, names, f'{kind} torch', f'{kind} ours'):.2f}"]
             cells += [f"{ours / peak:.2f}" if peak else "-"]
         rows.append([name, *cells])
-    return Grid(title, ["tokens x in -> out", *(label for kind in KINDS for label in (kind, "torch", "x", "of peak"))], rows)
+    return Grid(title, ["tokens x in -> out", *(label for kind in KINDS for label in (kind, "x", "peak"))], rows)
 
 
 def swiglu_grid(found: Found) -> Grid:
