@@ -6,15 +6,16 @@ For a weight [out, in] and t tokens: forward x w^T, input gradient dy w, weight 
 gradient added to an fp32 main_grad, which torch does as `main_grad.add_(dy.t() @ x)`: through a bf16 gradient that is written, read, and
 rounded once. Then a SwiGLU MLP's first half, x w^T and silu(gate) * up in one kernel or two.
 
-ours, torch      GFLOP/s, of the median of the repeats
+a / b            GFLOP/s of the median of the repeats, ours / torch
 x                median of the ratios taken within each repeat: how often ours runs while torch's runs once
-of peak          ours / the rate of products from registers (benchmarks/peak.cpp), measured in the same run before and after, the better
+peak             ours / the rate of products from registers (benchmarks/peak.cpp), measured in the same run before and after, the better
 
 All threads; contenders interleaved on fresh random inputs. Before timing, both results are compared with each other.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable
@@ -111,29 +112,28 @@ def swiglu_contenders(threads: int, compiled: bool) -> list[Contender]:
         EAGER: eager,
     }
     if compiled:
-        run = torch.compile(eager, dynamic=False)
-        steps[COMPILED] = run
+        torch._dynamo.reset()
+        steps[COMPILED] = torch.compile(eager, dynamic=False)
     return [Contender(name, lambda data: data, step, threads) for name, step in steps.items()]
 
 
-def check(found: list[Contender], data: dict[str, Tensor], pairs: list[tuple[int, int]]) -> None:
-    """Contenders that do the same work agree."""
-    for a, b in pairs:
+def check(found: list[Contender], data: dict[str, Tensor]) -> None:
+    """Contenders that do the same work agree: all of them with the first, or ours with torch's of each kind."""
+    halves = found[0].name == FUSED
+    for a, b in [(0, i) for i in range(1, len(found))] if halves else [(i, i + 1) for i in range(0, len(found), 2)]:
         ours, theirs = (found[i].step(found[i].prepare(data)) for i in (a, b))
         ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (ours, theirs))
         error = float((ours - theirs).abs().max()) / float(theirs.abs().max())
         assert error <= AGREE[data["x"].dtype], f"{found[a].name} and {found[b].name} differ by {error:.1e} of the largest number"
 
 
-def measure(case: Case, threads: int, repeats: int, swiglu_half: bool) -> tuple[list[str], list[list[float]]]:
+def measure(case: Case, threads: int, repeats: int, swiglu_half: bool, compiled: bool) -> tuple[list[str], list[list[float]]]:
     """In one rank: names, and wall seconds [repeats, contenders]."""
-    torch._dynamo.reset()
-    found = swiglu_contenders(threads, can_compile()) if swiglu_half else contenders(threads)
-    data = draw(case, -1)
-    check(found, data, [(0, i) for i in range(1, len(found))] if swiglu_half else [(i, i + 1) for i in range(0, len(found), 2)])
+    found = swiglu_contenders(threads, compiled) if swiglu_half else contenders(threads)
+    check(found, draw(case, -1))
     # At least about 10 ms at 400 GFLOP/s: shorter ones see the clock and each other.
     inner = min(max(round(4e9 / case.flops), 1), 8)
-    seconds = interleaved(found, partial(draw, case), repeats=repeats, inner=inner)[0]
+    seconds = interleaved(found, partial(draw, case), repeats=repeats, inner=inner, warmup=1)[0]
     return [c.name for c in found], seconds.tolist()
 
 
@@ -146,8 +146,12 @@ def can_compile() -> bool:
     return True
 
 
-def measure_all(cases: list[tuple[Case, bool]], threads: int, repeats: int) -> list[tuple[list[str], list[list[float]]]]:
-    return [measure(case, threads, repeats, half) for case, half in cases]
+def measure_all(cases: list[tuple[Case, bool]], threads: int, repeats: int, compiled: bool) -> list[tuple[list[str], list[list[float]]]]:
+    """Of each (case, whether it is the SwiGLU half); `compiled`: with torch.compile, where it works."""
+    compiled = compiled and can_compile()
+    # Each measurement collects garbage first; what exists by now is never garbage, and looking through it takes as long as a GEMM.
+    gc.freeze()
+    return [measure(case, threads, repeats, half, compiled) for case, half in cases]
 
 
 Found = dict[str, tuple[Case, list[str], Tensor]]
@@ -173,10 +177,10 @@ def grid(found: Found, peak: float | None, title: str) -> Grid:
         cells = []
         for kind in KINDS:
             ours, torchs = (gflops(case, names, seconds, f"{kind} {who}") for who in ("ours", "torch"))
-            cells += [f"{ours:.0f}", f"{torchs:.0f}", f"{ratio(seconds, names, f'{kind} torch', f'{kind} ours'):.2f}"]
+            cells += [f"{ours:.0f} / {torchs:.0f}", f"{ratio(seconds, names, f'{kind} torch', f'{kind} ours'):.2f}"]
             cells += [f"{ours / peak:.2f}" if peak else "-"]
         rows.append([name, *cells])
-    return Grid(title, ["tokens x in -> out", *(label for kind in KINDS for label in (kind, "torch", "x", "of peak"))], rows)
+    return Grid(title, ["tokens x in -> out", *(label for kind in KINDS for label in (kind, "x", "peak"))], rows)
 
 
 def swiglu_grid(found: Found) -> Grid:
@@ -230,7 +234,7 @@ def main(repeats: int = 7, threads: int = 0) -> None:
     others = {dtype: [Case(*sizes, dtype) for sizes in OTHERS] for dtype in (torch.float32, torch.float16)}
     halves = [Case(t, n, 2 * ffn, torch.bfloat16) for t, n, ffn in SWIGLU]
     plan = [(case, False) for case in [*main_cases, *others[torch.float32], *others[torch.float16]]] + [(case, True) for case in halves]
-    results = start(1, measure_all, plan, threads, repeats)[0]
+    results = start(1, measure_all, plan, threads, repeats, True)[0]
     look()
     by_case = {}
     for (case, _), (names, listed) in zip(plan, results, strict=True):

@@ -82,10 +82,10 @@ static double bf16() {
 static double bf16() { return fp32(); }
 #endif
 
-// The best of five: what the processor can do when left alone.
+// The best of fifteen: what the processor can do when left alone.
 static double rate(double (*work)(), int threads) {
   double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
+  for (int repeat = 0; repeat < 15; ++repeat) {
     std::vector<double> done(threads);
     std::vector<std::thread> running;
     const auto begin = std::chrono::steady_clock::now();

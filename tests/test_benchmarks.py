@@ -90,16 +90,23 @@ def test_bars():
     assert [v.holds for v in tensor_parallel.verdicts(TINY, EAGER, torch.tensor([[1.0, 1.0, 1.4, 1.2]]))] == [True, False]
 
 
-def linear_once() -> list[tuple[list[str], list[list[float]]]]:
-    cases = [(linear.Case(5, 8, 12, dtype), False) for dtype in linear.NAMES]
-    return linear.measure_all([*cases, (linear.Case(5, 8, 12, torch.bfloat16), True)], 2, 1)
+def linear_once() -> tuple[list[str], list[list[float]]]:
+    return linear.measure(linear.Case(5, 8, 12, torch.bfloat16), 1, 1, True, False)
 
 
 def test_linear(ranks):
     """Ours and torch's agree in every dtype, and are timed."""
-    for names, seconds in ranks.run(1, linear_once)[0]:
-        assert len(names) in (3, 4, 8)
-        assert all(second > 0 for row in seconds for second in row)
+    for dtype in linear.NAMES:
+        case = linear.Case(5, 8, 12, dtype)
+        linear.check(linear.contenders(1), linear.draw(case, 0))
+        linear.check(linear.swiglu_contenders(1, False), linear.draw(case, 0))
+    names, seconds = ranks.run(1, linear_once)[0]
+    assert names == [linear.FUSED, linear.TWO, linear.EAGER]
+    assert all(second > 0 for row in seconds for second in row)
+    with pytest.raises(AssertionError, match="forward ours and forward torch differ"):
+        broken = linear.contenders(1, ("forward",))
+        broken[0].step = lambda data: linear.linear_forward(data["x"], data["weight"]) * 1.1
+        linear.check(broken, linear.draw(case, 0))
 
 
 def test_bars_of_linear():

@@ -12,10 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / "tests" / "cpu_host"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++20", "-O1", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-AVX512_BF16 = AVX512 | {"avx512_bf16"}
+AVX512_BF16 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 # MEGAPAR_LEVEL of csrc/cpu/every_isa.h, and what the program needs of the processor: the emulation needs no amx_bf16.
-BODIES = {"portable": (0, set()), "avx512": (512, AVX512), "avx512_bf16": (513, AVX512_BF16), "amx": (514, AVX512_BF16)}
+BODIES = {"portable": (0, set()), "avx512_bf16": (513, AVX512_BF16), "amx": (514, AVX512_BF16)}
 
 
 def processor_flags() -> set[str]:

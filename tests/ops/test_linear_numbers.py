@@ -26,7 +26,7 @@ DEPTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 
 LAYOUTS = ("dense", "wide rows", "transposed", "leading")
 any_size, any_depth, any_layout, any_dtype = (st.sampled_from(values) for values in (SIZES, DEPTHS, LAYOUTS, DTYPES))
 any_beta = st.sampled_from([0.0, 1.0, 0.5])
-many = settings(deadline=None, max_examples=150)
+many = settings(deadline=None, max_examples=80)
 
 
 @pytest.fixture(autouse=True, scope="module")
