@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megapar import __version__
+from megapar.ops import dispatch
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LIBRARIES = ("numpy", "tokenizers", "safetensors", "rich", "tyro", "matplotlib")
@@ -65,9 +66,20 @@ def _communication() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return {
-        "reference": "active for every op: plain PyTorch (megapar/ops)",
+        "cpu": _cpu_kernels(),
+        "reference": "plain PyTorch: " + ("every op, MEGAPAR_BACKEND=reference says so" if dispatch.FORCED == "reference" else "float64 only"),
+        "cuda": "no kernels yet: MEGAPAR_BACKEND=reference computes with plain PyTorch",
         "compiler": compiler or "no C++ compiler found: install g++ or clang",
     }
+
+
+def _cpu_kernels() -> str:
+    if dispatch.MISSING is not None:
+        return dispatch.MISSING
+    try:
+        return f"built, {torch.ops.megapar.cpu_isa()} bodies (MEGAPAR_CPU_ISA chooses lower ones)"
+    except ValueError as error:
+        return str(error)
 
 
 def _extras() -> dict[str, str]:

@@ -36,3 +36,12 @@ def test_extras_are_those_of_the_project():
 def test_cpu_without_proc_is_no_error(monkeypatch):
     monkeypatch.setattr(doctor.Path, "is_file", lambda self: False)
     assert doctor._cpu_flags() == set()
+
+
+def test_kernels(monkeypatch):
+    monkeypatch.setattr(doctor.dispatch, "MISSING", None)
+    assert f"built, {torch.ops.megapar.cpu_isa()} bodies" in doctor.doctor()
+    monkeypatch.setattr(doctor.dispatch, "FORCED", "reference")
+    assert "every op, MEGAPAR_BACKEND=reference says so" in doctor.doctor()
+    monkeypatch.setattr(doctor.dispatch, "MISSING", "the CPU kernels are not built: do this")
+    assert "the CPU kernels are not built: do this" in doctor.doctor()

@@ -1,0 +1,73 @@
+"""Which body runs, and what is said where none can."""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megapar import ops
+from megapar.ops import dispatch, schema
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_reference_for_float64_and_where_asked(monkeypatch):
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    assert dispatch.use_reference(torch.zeros(1, dtype=torch.float64))
+    assert not dispatch.use_reference(torch.zeros(1))
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
+    assert dispatch.use_reference(torch.zeros(1))
+
+
+def test_no_kernels(monkeypatch):
+    """Nothing slower is taken silently."""
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    monkeypatch.setattr(dispatch, "MISSING", "the CPU kernels are not built: do this")
+    with pytest.raises(RuntimeError, match="the CPU kernels are not built: do this"):
+        dispatch.use_reference(torch.zeros(1))
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
+    assert dispatch.use_reference(torch.zeros(1))
+
+
+def test_no_kernels_for_a_device(monkeypatch):
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    with pytest.raises(RuntimeError, match="no kernels for cuda yet: set MEGAPAR_BACKEND=reference"):
+        dispatch.use_reference_on("cuda")
+
+
+def test_kernels_of_another_torch(monkeypatch):
+    def fails(name: str) -> None:
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", fails)
+    told = dispatch._load()
+    assert told is not None and "built for another torch (undefined symbol: x)" in told and dispatch.BUILD in told
+
+
+def test_environment_is_checked():
+    told = in_process("import megapar", MEGAPAR_BACKEND="fast").stderr
+    assert "MEGAPAR_BACKEND=fast must be one of reference, cpu: correct it or unset it" in told
+    code = "import torch; from megapar.ops.swiglu import swiglu; swiglu(torch.zeros(1, 2))"
+    told = in_process(code, MEGAPAR_CPU_ISA="sse9", MEGAPAR_BACKEND="cpu").stderr
+    assert "ValueError: MEGAPAR_CPU_ISA=sse9 must be one of portable, avx2, avx512, avx512_bf16, amx" in told
+    best = in_process("import megapar, torch; print(torch.ops.megapar.cpu_isa())", MEGAPAR_CPU_ISA="").stdout.strip()
+    if best != "amx":
+        told = in_process(code, MEGAPAR_CPU_ISA="amx", MEGAPAR_BACKEND="cpu").stderr
+        assert f"MEGAPAR_CPU_ISA=amx names instructions that this processor lacks, its best are {best}: unset it" in told
+
+
+def test_every_op_has_a_body_and_a_fake():
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"megapar.ops.{module.name}")
+    for name in schema.SCHEMAS:
+        if name == "cpu_isa":
+            continue
+        keys = {key: torch._C._dispatch_has_kernel_for_dispatch_key(f"megapar::{name}", key) for key in ("CPU", "Meta")}
+        fake = torch._library.simple_registry.singleton.find(f"megapar::{name}").fake_impl.kernel is not None
+        assert keys["CPU"] and (keys["Meta"] or fake), name
