@@ -138,8 +138,7 @@ def eager_step(p: Parameters) -> Callable[[Any], None]:
     return step
 
 
-@torch.compile
-def _compiled(w: Tensor, grad: Tensor, master: Tensor, m: Tensor, v: Tensor, scales: Tensor, clips: bool) -> None:
+def _phase(w: Tensor, grad: Tensor, master: Tensor, m: Tensor, v: Tensor, scales: Tensor, clips: bool) -> None:
     g = grad.float()
     if clips:
         g = g * (MAX_NORM / (g.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
@@ -152,13 +151,13 @@ def _compiled(w: Tensor, grad: Tensor, master: Tensor, m: Tensor, v: Tensor, sca
 
 def compiled_step(p: Parameters) -> Callable[[Any], None]:
     flat, scales, taken = p.flat, torch.zeros(2), [0]
-    master = flat.get("master", flat["weight"])
+    master, compiled = flat.get("master", flat["weight"]), torch.compile(_phase)
 
     def step(_: Any) -> None:
         taken[0] += 1
         scales.copy_(torch.tensor([1 / (1 - BETAS[0] ** taken[0]), (1 - BETAS[1] ** taken[0]) ** -0.5]))
         with torch.no_grad():
-            _compiled(flat["weight"], flat["grad"], master, flat["exp_avg"], flat["exp_avg_sq"], scales, p.layout.norm > 0)
+            compiled(flat["weight"], flat["grad"], master, flat["exp_avg"], flat["exp_avg_sq"], scales, p.layout.norm > 0)
 
     return step
 
@@ -263,7 +262,7 @@ def verdicts(layouts: list[tuple[Layout, dict[str, Any]]], alone: dict[str, Any]
 
 def exhaustive() -> None:
     """Raises AssertionError unless split and join are inverses on all 2^32 patterns, and the kernel's on all but denormals and NaNs."""
-    step, state = 1 << 24, StepState.create(1)
+    step, state = 1 << 20, StepState.create(1)
     state.counters.fill_(1.0)
     zeros = [torch.zeros(step) for _ in range(3)]
     for first in range(-(1 << 31), 1 << 31, step):
