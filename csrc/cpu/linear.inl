@@ -36,9 +36,11 @@ constexpr int64_t block_rows = 128 / K::MR * K::MR;
 template <class T>
 struct Plan {
   using K = Kernel<T>;
+  static constexpr int64_t HALF_L2 = (512 << 10) / 4;
+  static constexpr int64_t most_rows = block_rows<K> / K::MR;
   int64_t rows, columns, units, parts, threads, row_panels, column_panels;
   bool a_whole;
-  int64_t along_rows = 1, along_columns = 1;
+  int64_t along_rows = 1, along_columns = 1, most_columns = NC / K::NR / parts;
 
   Plan(int64_t rows, int64_t columns, int64_t depth, int64_t parts, int64_t threads)
       : rows(rows), columns(columns), units(padded_units<K::k>(depth)), parts(parts), threads(threads),
@@ -54,6 +56,15 @@ struct Plan {
       along_rows = down;
       along_columns = across;
     }
+  }
+
+  // Panels of A, and of one part of B, in a block of C. What is packed block by block fills half of L2 at most, so that it is still there
+  // for every block of the other; but three panels of B, or reading all of A again for each would cost more.
+  int64_t tall() const {
+    return std::clamp<int64_t>(a_whole ? most_rows : HALF_L2 / (K::MR * units + 1), 1, most_rows);
+  }
+  int64_t wide() const {
+    return std::clamp<int64_t>(a_whole ? HALF_L2 / (K::NR * parts * units + 1) : most_columns, std::min<int64_t>(3, most_columns), most_columns);
   }
 
   // In units: of the operand that is packed whole; of one thread's blocks of the other and of C.
@@ -89,7 +100,7 @@ template <class T, class Finish>
 void gemm(const Operand<T>& a, const Operand<T>& b, int64_t parts, uint32_t* workspace, int64_t threads, const Finish& finish) {
   using K = Kernel<T>;
   const Plan<T> plan(a.width, b.width / parts, a.depth, parts, threads);
-  const int64_t units = plan.units, tall = block_rows<K> / K::MR, wide = NC / K::NR / parts;
+  const int64_t units = plan.units, tall = plan.tall(), wide = plan.wide();
   // From one part of B to the next, in units: among its panels, and in a block of them.
   const int64_t next_part = (plan.a_whole ? wide : plan.column_panels) * K::NR * units;
   const auto pack_whole = [&](int thread, int count) {
