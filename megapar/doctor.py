@@ -64,13 +64,13 @@ def _communication() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("c++") or shutil.which("g++")
     reference = "every op, MEGAPAR_BACKEND=reference says so" if dispatch.FORCED == "reference" else "float64 only"
     return {
         "cpu": _cpu_kernels(),
         "reference": f"plain PyTorch: {reference}",
         "cuda": "no kernels yet: MEGAPAR_BACKEND=reference computes with plain PyTorch",
-        "compiler": compiler or "no C++ compiler found: install g++ or clang",
+        "compiler": compiler or "no C++ compiler found: install g++ 12 or newer",
     }
 
 

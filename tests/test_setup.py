@@ -30,7 +30,16 @@ def test_without_a_compiler(setup, monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     assert setup.build_options() == {}
-    assert "built without its CPU kernels, there is no C++ compiler: install g++ or clang" in capsys.readouterr().err
+    assert "built without its CPU kernels, there is no C++ compiler: install g++ 12 or newer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("macros", ["#define __GNUC__ 4\n#define __clang__ 1", "#define __GNUC__ 11", ""])
+def test_another_compiler(setup, monkeypatch, tmp_path, macros):
+    fake = tmp_path / "compiler"
+    fake.write_text(f"#!/bin/sh\ncat <<END\n{macros}\nEND\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert setup.why_no_kernels() == f"{fake} is not g++ 12 or newer: install that and set CXX=g++"
 
 
 def test_left_out(setup, monkeypatch, capsys):

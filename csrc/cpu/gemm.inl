@@ -78,15 +78,16 @@ static inline void read_units(const Operand<T>& x, int64_t w, int64_t u, Units& 
   const T* p = x.data + w * x.stride_w + u * k * x.stride_k;
   if (x.stride_k == 1) {
     for (int64_t j = 0; j < LANES; ++j) {
-      // Too many streams, too far apart, for the processor to foresee; the next lines are asked for here and below.
-      __builtin_prefetch(p + j * x.stride_w + 4 * k * LANES);
+      // Too many streams, too far apart, for the processor to foresee. Asked for in L2: in L1, rows a multiple of 4 KB apart would push
+      // each other out before they are read.
+      __builtin_prefetch(p + j * x.stride_w + 4 * k * LANES, 0, 2);
       r[j] = j < lanes ? Reader<k>::along(p + j * x.stride_w, rest) : U32{};
     }
     return;
   }
   for (int64_t i = 0; i < LANES; ++i) {
     const T* row = p + i * k * x.stride_k;
-    for (int64_t ahead = 0; ahead < k; ++ahead) __builtin_prefetch(row + (k * LANES + ahead) * x.stride_k);
+    for (int64_t ahead = 0; ahead < k; ++ahead) __builtin_prefetch(row + (k * LANES + ahead) * x.stride_k, 0, 2);
     r[i] = lanes > 0 && i * k < rest ? Reader<k>::across(row, i * k + 1 < rest ? row + x.stride_k : nullptr, lanes) : U32{};
   }
 }

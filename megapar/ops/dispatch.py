@@ -22,7 +22,7 @@ BUILD = "pip install --no-build-isolation -e ."
 def _load() -> str | None:
     """Registers the compiled kernels with torch; why there are none, if so."""
     if importlib.util.find_spec("megapar._C") is None:
-        return f"the CPU kernels are not built: install a C++ compiler and run {BUILD}, or set MEGAPAR_BACKEND=reference"
+        return f"the CPU kernels are not built: install g++ 12 or newer and run {BUILD}, or set MEGAPAR_BACKEND=reference"
     try:
         importlib.import_module("megapar._C")
     except ImportError as error:
