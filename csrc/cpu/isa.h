@@ -9,7 +9,7 @@ namespace megapar {
 // Each has all that those before it have. avx512 is F, BW, DQ and VL; amx is AMX-TILE and AMX-BF16.
 enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
-// Throws std::invalid_argument, once and for all later calls too, where MEGAPAR_CPU_ISA names none or one that this processor lacks.
+// Throws c10::ValueError where MEGAPAR_CPU_ISA names none or one that this processor lacks.
 Isa isa();
 
 std::string name_of(Isa isa);

@@ -25,7 +25,8 @@ at::Tensor swiglu(const at::Tensor& gate_up) {
 at::Tensor swiglu_backward(const at::Tensor& dy_, const at::Tensor& gate_up) {
   check_float(gate_up, "gate_up");
   check_same(dy_, gate_up, "dy", "gate_up");
-  TORCH_CHECK_VALUE(dy_.numel() * 2 == gate_up.numel(), "dy has shape ", dy_.sizes(), " and gate_up ", gate_up.sizes(),
+  TORCH_CHECK_VALUE(dy_.dim() == gate_up.dim() && dy_.sizes().slice(0, dy_.dim() - 1) == gate_up.sizes().slice(0, gate_up.dim() - 1) &&
+                        dy_.size(-1) * 2 == gate_up.size(-1), "dy has shape ", dy_.sizes(), " and gate_up ", gate_up.sizes(),
                     ": dy must be half as wide");
   const at::Tensor x = gate_up.contiguous(), dy = dy_.contiguous();
   const int64_t f = dy.size(-1), t = f ? dy.numel() / f : 0;

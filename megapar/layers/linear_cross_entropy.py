@@ -22,8 +22,8 @@ from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cr
 from megapar.ops.linear import linear_forward, linear_input_grad, linear_weight_grad
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
-CHUNK_BYTES = 16 << 20
-"""Of a rank's logits: large enough for an efficient GEMM, small enough to stay near the cache."""
+CHUNK_BYTES = 28 << 20
+"""Of a rank's logits at most: enough rows for an efficient GEMM. From 32 MiB on glibc gives memory back, and takes it again page by page."""
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -80,7 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs[1] else None
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         # The same on every rank, though the parts of the vocabulary may differ by one: each chunk is a collective.
-        rows = max(1, CHUNK_BYTES // (-(-options["vocab_size"] // axis.size) * x.element_size()))
+        most = max(1, CHUNK_BYTES // (-(-options["vocab_size"] // axis.size) * x.element_size()))
+        rows = -(-t // -(-t // most)) if t else 1
         for start in range(0, t, rows):
             chunk = slice(start, min(start + rows, t))
             logits = linear_forward(full[chunk], weight)
@@ -110,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reducing = None
         if dx is not None:
             # In fp32: a ratio rounded to 16 bits would put the same error on every gradient (test_linear_cross_entropy.py::test_any_seed).
-            dx = dx.to(ratio.dtype).mul_(ratio).to(dx.dtype)
+            dx = (dx.to(ratio.dtype) * ratio).to(dx.dtype)
             if ctx.axis.size > 1:
                 reducing = start_reduce_scatter(dx, ctx.axis) if ctx.sharded else start_all_reduce(dx, ctx.axis)
         if dw is not None:
@@ -122,9 +123,12 @@ def _deliver(weight: Tensor, dw: Tensor, ratio: Tensor) -> Tensor | None:
     """Adds ratio * dw to the weight's main_grad in one pass, or returns it for autograd."""
     main_grad, beta = grads.target(weight)
     if main_grad is None:
-        return (dw * ratio).to(weight.dtype)
+        grad = torch.empty_like(weight)
+        for part, wide in zip(grad.split(1024), dw.split(1024), strict=True):  # no second fp32 gradient of the whole weight
+            part.copy_(wide * ratio)
+        return grad
     if beta:
         main_grad.addcmul_(dw, ratio)
     else:
-        main_grad.copy_(dw).mul_(ratio)
+        torch.mul(dw, ratio, out=main_grad)
     return None

@@ -33,6 +33,7 @@ class RMSNorm(nn.Module):
         self.weight = _vector("weight", hidden_size, 1.0, tp, sequence_parallel, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Output:
+        x, residual = _autocast(x, residual)
         return rms_norm(x, with_summed_grad(self.weight), self.eps, residual)
 
 
@@ -55,7 +56,16 @@ class LayerNorm(nn.Module):
         self.bias = _vector("bias", hidden_size, 0.0, tp, sequence_parallel, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Output:
+        x, residual = _autocast(x, residual)
         return layer_norm(x, with_summed_grad(self.weight), with_summed_grad(self.bias), self.eps, residual)
+
+
+def _autocast(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Under autocast layers return 16 bits beside an fp32 residual, and their sum is fp32 as anywhere in torch."""
+    if residual is None or residual.dtype == x.dtype or not torch.is_autocast_enabled(x.device.type):
+        return x, residual
+    wide = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(wide), residual.to(wide)
 
 
 def constant(value: float) -> Init:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megapar.ops import schema
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference",)
 BUILD = "pip install --no-build-isolation -e ."
 
 

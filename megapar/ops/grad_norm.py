@@ -4,7 +4,7 @@
 
 Reads every gradient once and writes nothing: 4 bytes a parameter in fp32, 2 in bf16. Sums are fp64, per tensor and then tensor after
 tensor, so that a list cut into calls has the bits of one call, for any number of threads. Squares of 16-bit gradients are first added in
-fp32 lanes over 4096 elements, at most 35 roundings of 2^-24: the norm is within 1.1e-6 of its true value, and within 1e-15 for fp32.
+fp32 lanes over 4096 elements, at most 35 roundings of 2^-24: the norm is within 1.1e-6 of its true value, for fp32 gradients the sums are fp64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megapar.ops.dispatch import use_reference
+from megapar.ops.dispatch import use_reference_on
 
 
 def grad_norm_(total: Tensor, grads: Sequence[Tensor], *, count_zeros: bool = False) -> None:
@@ -22,7 +22,9 @@ def grad_norm_(total: Tensor, grads: Sequence[Tensor], *, count_zeros: bool = Fa
 
     A gradient that is not contiguous is copied first. Raises ValueError for a dtype that is no float.
     """
-    run = grad_norm_reference if any(map(use_reference, grads)) else torch.ops.megapar.grad_norm_.default
+    # total is float64 whatever the gradients are, and the list may be empty.
+    reference = use_reference_on(total.device.type) or any(grad.dtype == torch.float64 for grad in grads)
+    run = grad_norm_reference if reference else torch.ops.megapar.grad_norm_.default
     run(total, list(grads), count_zeros)
 
 

@@ -74,7 +74,7 @@ def linear_bias_grad(dy: Tensor, out: Tensor | None = None, beta: float = 0.0) -
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return linear_forward(x, weight, bias)
 
     @staticmethod

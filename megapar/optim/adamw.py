@@ -1,7 +1,7 @@
 """FusedAdamW: unscaling, clipping by the global norm, AdamW and the 16-bit weight in one pass over each parameter.
 
-`megapar/ops/adamw.py` has the formula and the bytes it moves. Beside the norm's one read of the gradients there is no other pass, no
-tensor-sized temporary and, on a GPU, no wait for one.
+`megapar/ops/adamw.py` has the formula and the bytes it moves. Beside the norm's one read of the gradients the kernels make no other pass
+and no tensor-sized temporary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from megapar.optim.grad_norm import check_whole, gradient, gradient_totals, summ
 from megapar.optim.noise import parts_of
 
 Masters = Literal["fp32", "remainder"] | None
-KINDS = ("exp_avg", "exp_avg_sq", "master")
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -104,6 +103,11 @@ class FusedAdamW(torch.optim.Optimizer):
         for param in group["params"]:
             if param.dtype == torch.float16 and self.master_weights == "remainder":
                 raise ValueError("master_weights='remainder' splits bfloat16 and a parameter is float16: use 'fp32'")
+            if param.dtype == torch.float16 and self.seed is not None and self.master_weights is None:
+                raise ValueError("stochastic rounding knows bfloat16 and a parameter is float16: use master_weights='fp32', or no seed")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("FusedAdamW cannot be copied or pickled: construct another and give it state_dict()")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,4 +1,8 @@
-"""Where the elements of a parameter lie in its logical tensors: what stochastic rounding draws by, so that any sharding rounds alike."""
+"""Where the elements of a parameter lie in its logical tensors: what stochastic rounding draws by.
+
+Any sharding rounds alike, as long as the model has the same parameters in the same order: where ranks share KV heads, WQ is a parameter of
+its own, and later ones then have other numbers.
+"""
 
 from __future__ import annotations
 

@@ -79,3 +79,17 @@ def summed(kind: str, tp: int, sequence_parallel: bool) -> None:
 def test_residual(ranks, kind):
     for tp, sequence_parallel in ((1, False), (2, True)):
         ranks.run(tp, summed, kind, tp, sequence_parallel)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_autocast_residual(kind):
+    """A layer's 16-bit output and an fp32 residual add up in fp32, as x + residual does in torch; without autocast they are a mistake."""
+    layer = PAIRS[kind][0](6)
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(4, 6, generator=generator).bfloat16(), torch.randn(4, 6, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, s = layer(x, residual=residual)
+    assert y.dtype == s.dtype == torch.float32
+    assert torch.equal(s, x + residual)
+    with pytest.raises(ValueError, match="residual has dtype"):
+        layer(x, residual=residual)

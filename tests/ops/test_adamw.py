@@ -230,6 +230,21 @@ def test_streamed_weights_are_the_same(weight, offset):
     assert all(torch.equal(a, b) for a, b in zip(whole.tensors(), parts.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("columns", [33, 48])
+def test_streamed_weights_of_any_width(columns):
+    """A row may start anywhere: a streamed store there would fault."""
+    rows = 3_000_000 // columns
+    whole = lists([rows * columns], BF16, F32, moment=BF16)
+    parts = whole.clone()
+    noise = Noise(3, [7], [(0, columns, columns)])
+    adamw_(*vars(whole).values(), state_at(2), [0], **OPTIONS, noise=noise)
+    half = rows // 2 * columns
+    for begin, end in ((0, half), (half, rows * columns)):
+        noise = Noise(3, [7], [(begin, columns, columns)])
+        adamw_(*([x[begin:end] for x in tensors] for tensors in vars(parts).values()), state_at(2), [0], **OPTIONS, noise=noise)
+    assert all(torch.equal(a, b) for a, b in zip(whole.tensors(), parts.tensors(), strict=True))
+
+
 def test_rows():
     """Each tensor has its own counter, and what another one says does not matter."""
     x, state = lists([50, 60], F32, None), state_at(1, rows=3)
