@@ -3,7 +3,8 @@
     pip install --no-build-isolation -e .
 
 Compiles csrc/cpu against the torch of this environment, with g++ 12 or newer. Without torch or that compiler the package is installed
-without kernels, and says so when one is first called. CXX names the compiler; MEGAPAR_SKIP_CPU=1 leaves the kernels out; MAX_JOBS limits the compilers at work at once.
+without kernels, and says so when one is first called. CXX names the compiler; MEGAPAR_SKIP_CPU=1 leaves the kernels out; MAX_JOBS limits
+the compilers at work at once.
 """
 
 import os

@@ -23,7 +23,7 @@ from megapar.ops.linear import linear_forward, linear_input_grad, linear_weight_
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 CHUNK_BYTES = 28 << 20
-"""Of a rank's logits at most: enough rows for an efficient GEMM. From 32 MiB on glibc gives memory back, and takes it again page by page."""
+"""Of a rank's logits at most: enough rows for an efficient GEMM. From 32 MiB on glibc gives memory back and takes it again page by page."""
 
 
 def vocab_parallel_linear_cross_entropy(

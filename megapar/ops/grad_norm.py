@@ -4,7 +4,8 @@
 
 Reads every gradient once and writes nothing: 4 bytes a parameter in fp32, 2 in bf16. Sums are fp64, per tensor and then tensor after
 tensor, so that a list cut into calls has the bits of one call, for any number of threads. Squares of 16-bit gradients are first added in
-fp32 lanes over 4096 elements, at most 35 roundings of 2^-24: the norm is within 1.1e-6 of its true value, for fp32 gradients the sums are fp64.
+fp32 lanes over 4096 elements, at most 35 roundings of 2^-24: the norm is within 1.1e-6 of its true value. For fp32 gradients all sums are
+fp64.
 """
 
 from __future__ import annotations
