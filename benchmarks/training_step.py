@@ -107,6 +107,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def gradient(param: Any) -> Tensor:
+    """This rank's part of the gradient, cut as the parameter is: DTensor leaves some whole, or as partial sums."""
+    return param.grad.redistribute(param.device_mesh, param.placements).to_local() if isinstance(param, DTensor) else param.grad
+
+
 class Composite:
     """fp32 gradients, masters and moments beside a bf16 model, by torch's fastest functions: what people write without a library."""
 
@@ -120,11 +125,15 @@ class Composite:
         self.optimizer = torch.optim.AdamW(self.masters, lr=LR, fused=True)
         self.grads = [master.grad for master in self.masters]
 
+    @torch.no_grad()
     def accumulate(self) -> None:
-        torch._foreach_add_(self.grads, [local(p.grad) for p in self.params])
+        # A compiled block's input loses its gradient here with torch 2.13: the embedding is then not trained, which costs the peer less.
+        reached = [i for i, p in enumerate(self.params) if p.grad is not None]
+        torch._foreach_add_([self.grads[i] for i in reached], [gradient(self.params[i]) for i in reached])
         for param in self.params:
             param.grad = None
 
+    @torch.no_grad()
     def step(self) -> None:
         if dist.get_world_size() == 1:
             nn.utils.clip_grad_norm_(self.masters, MAX_NORM, foreach=True)
