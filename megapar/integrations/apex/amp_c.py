@@ -1,0 +1,295 @@
+"""The functions of NVIDIA apex's extension `amp_C`, with its signatures, on megapar's ops: CPU and GPU tensors.
+
+Each takes (chunk_size, noop_flag, tensor_lists, ...). chunk_size is ignored, the ops cut lists as they need. noop_flag is one int32 number
+on the tensors' device, which becomes 1 where a function finds an inf or nan. tensor_lists hold one tensor of each parameter; dtypes may
+differ within a list and sizes may exceed 2^31. Lists may be empty. Nothing waits for a GPU, so all can be captured in a CUDA graph.
+
+Raises ValueError for lists that do not fit together, before anything is written. docs/apex.md says where apex itself does otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapar.ops.adamw import adamw_
+from megapar.ops.grad_norm import grad_norm_
+from megapar.ops.step_state import StepState
+
+Lists = Sequence[Sequence[Tensor]]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, scale: float) -> None:
+    """[in, out]: out = in * scale, computed in fp32; noop where an input is not finite. Both may be one list."""
+    ins, outs = check(noop_flag, tensor_lists, ("in", "out"), FLOATS)
+    # A copy to a narrower dtype would round, and overflow, before it is scaled.
+    narrow = [torch.promote_types(x.dtype, out.dtype) != out.dtype for x, out in zip(ins, outs, strict=True)]
+    staged = [x.to(torch.float32, copy=True) if n else out for x, out, n in zip(ins, outs, narrow, strict=True)]
+    torch._foreach_copy_([s for s, n in zip(staged, narrow, strict=True) if not n], [x for x, n in zip(ins, narrow, strict=True) if not n])
+    found = torch.zeros(1, device=noop_flag.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(staged, found, torch.full_like(found, scale))  # in one pass
+    for s, out, n in zip(staged, outs, narrow, strict=True):
+        if n:
+            out.copy_(s)
+    noop_flag.masked_fill_(found != 0, 1)
+
+
+@torch.no_grad()
+def multi_tensor_axpby(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, a: float, b: float, arg_to_check: int) -> None:
+    """[x, y, out]: out = a x + b y, computed in fp32; noop where x (arg_to_check 0), y (1) or either (-1) is not finite."""
+    xs, ys, outs = check(noop_flag, tensor_lists, ("x", "y", "out"), FLOATS)
+    if arg_to_check not in (-1, 0, 1):
+        raise ValueError(f"arg_to_check={arg_to_check} must be 0 (x), 1 (y) or -1 (both): choose one")
+    total = _total(noop_flag, {-1: [*xs, *ys], 0: xs, 1: ys}[arg_to_check])
+    for x, y, out in zip(xs, ys, outs, strict=True):
+        out.copy_(torch.add(x.float() * a, y.float(), alpha=b))
+    noop_flag.masked_fill_(total[1] > 0, 1)
+
+
+@torch.no_grad()
+def multi_tensor_l2norm(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, per_tensor: bool | None = None) -> tuple[Tensor, Tensor]:
+    """[x]: the norm of all, fp32 [1], and where `per_tensor` that of each, fp32 [n], else [0]; noop where it is not finite.
+
+    Sums are fp64, so that only a norm beyond fp32 overflows. per_tensor costs a call of `grad_norm_` each.
+    """
+    (xs,) = check(noop_flag, tensor_lists, ("x",), FLOATS)
+    return _norms(noop_flag, xs, bool(per_tensor), None)
+
+
+@torch.no_grad()
+def multi_tensor_l2norm_mp(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, per_tensor: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """`multi_tensor_l2norm`, whose norms are 0 where noop was set before."""
+    (xs,) = check(noop_flag, tensor_lists, ("x",), FLOATS)
+    skipped = noop_flag.clone() != 0
+    norm, each = _norms(noop_flag, xs, bool(per_tensor), None)
+    return norm.masked_fill_(skipped, 0), each.masked_fill_(skipped, 0)
+
+
+@torch.no_grad()
+def multi_tensor_l2norm_scale(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, scale: float, per_tensor: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """[in, out]: out = in * scale, and the norms of `in`, which is not scaled, as `multi_tensor_l2norm` gives them."""
+    ins, _ = check(noop_flag, tensor_lists, ("in", "out"), FLOATS)
+    norms = _norms(noop_flag, ins, bool(per_tensor), None)
+    multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale)
+    return norms
+
+
+@torch.no_grad()
+def multi_tensor_unscale_l2norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, inv_scale: Tensor, per_tensor: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """[x]: the norms of x * inv_scale, one fp32 number on the device; x stays as it is."""
+    (xs,) = check(noop_flag, tensor_lists, ("x",), FLOATS)
+    _check_number(inv_scale, "inv_scale", torch.float32, noop_flag)
+    return _norms(noop_flag, xs, bool(per_tensor), inv_scale)
+
+
+@torch.no_grad()
+def multi_tensor_adam(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Lists,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """[g, p, m, v]: a step of Adam (mode 0, L2) or AdamW (mode 1) on p, m and v, except where noop is set. `step` counts from 1.
+
+    m and v: fp32, or both bf16 where p is; g and p any of fp32, bf16 and fp16.
+    """
+    lists = check(noop_flag, tensor_lists, ("g", "p", "m", "v"))
+    state = _state(noop_flag, torch.full_like(noop_flag, step), beta1, beta2, bias_correction, None)
+    _adam([*lists, []], state, lr, (beta1, beta2), epsilon, mode, weight_decay)
+
+
+@torch.no_grad()
+def multi_tensor_adam_capturable(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Lists,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: Tensor,
+) -> None:
+    """`multi_tensor_adam` with lr (fp32), step (int32) and inv_scale (fp32) in numbers on the device. g becomes g * inv_scale."""
+    lists = check(noop_flag, tensor_lists, ("g", "p", "m", "v"))
+    _capturable([*lists, []], noop_flag, lr, (beta1, beta2), epsilon, step, mode, bias_correction, weight_decay, inv_scale)
+
+
+@torch.no_grad()
+def multi_tensor_adam_capturable_master(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Lists,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: Tensor,
+) -> None:
+    """[g, p, m, v, p_master]: `multi_tensor_adam_capturable` of the fp32 p_master, which p then is, rounded."""
+    lists = check(noop_flag, tensor_lists, ("g", "p", "m", "v", "p_master"))
+    if any(master.dtype != torch.float32 for master in lists[4]):
+        raise ValueError(f"p_master has dtypes {_dtypes(lists[4])} and must be float32: convert it")
+    _capturable(lists, noop_flag, lr, (beta1, beta2), epsilon, step, mode, bias_correction, weight_decay, inv_scale)
+
+
+@torch.no_grad()
+def update_scale_hysteresis(
+    current_scale: Tensor,
+    growth_tracker: Tensor,
+    hysteresis_tracker: Tensor,
+    found_inf: Tensor,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    hysteresis: int,
+) -> Tensor:
+    """Moves a loss scale (fp32; trackers int32; one number each, on one device) as found_inf (fp32) says; returns `current_scale`.
+
+    A step with an inf takes one from the hysteresis tracker; while that is above 0 the scale stays, then it is multiplied by
+    backoff_factor. A step without restores the tracker; `growth_interval` of them in a row multiply the scale by growth_factor, unless it
+    would overflow. Any found_inf but 0 counts as an inf, nan too.
+    """
+    _check_number(current_scale, "current_scale", torch.float32, current_scale)
+    _check_number(growth_tracker, "growth_tracker", torch.int32, current_scale)
+    _check_number(hysteresis_tracker, "hysteresis_tracker", torch.int32, current_scale)
+    _check_number(found_inf, "found_inf", torch.float32, current_scale)
+    found, scale = found_inf.reshape(()) != 0, current_scale.double().reshape(())
+    left = hysteresis_tracker.reshape(()) - found.int()
+    grown, streak = (scale * growth_factor).float(), growth_tracker.reshape(()) + 1
+    raised = torch.where((streak == growth_interval) & grown.isfinite(), grown.double(), scale)
+    moved = torch.where(found, torch.where(left > 0, scale, scale * backoff_factor), raised)
+    current_scale.copy_(moved.reshape(current_scale.shape))
+    growth_tracker.copy_(torch.where(found | (streak == growth_interval), 0, streak).reshape(growth_tracker.shape))
+    hysteresis_tracker.copy_(torch.where(found, left, hysteresis).reshape(hysteresis_tracker.shape))
+    return current_scale
+
+
+def check(noop_flag: Tensor, tensor_lists: Lists, names: Sequence[str], dtypes: Sequence[torch.dtype] | None = None) -> list[list[Tensor]]:
+    """The lists. Raises ValueError unless there is one for each name, and their tensors fit together and to the flag."""
+    _check_number(noop_flag, "noop_flag", torch.int32, noop_flag)
+    lists = [list(tensors) for tensors in tensor_lists]
+    lengths = [len(tensors) for tensors in lists]
+    if len(lists) != len(names) or len(set(lengths)) > 1:
+        raise ValueError(f"tensor_lists have lengths {lengths}: give {len(names)} of one length, for {', '.join(names)}")
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        for name, x in zip(names, tensors, strict=True):
+            if x.device != noop_flag.device:
+                raise ValueError(f"{name}[{i}] is on {x.device} and noop_flag on {noop_flag.device}: move one")
+            if x.shape != tensors[0].shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(x.shape)} and {names[0]}[{i}] {tuple(tensors[0].shape)}: make them equal")
+            if dtypes is not None and x.dtype not in dtypes:
+                raise ValueError(f"{name}[{i}] has dtype {x.dtype} and must be float32, bfloat16 or float16: convert it")
+    return lists
+
+
+def _check_number(x: Tensor, name: str, dtype: torch.dtype, other: Tensor) -> None:
+    if x.dtype != dtype or x.numel() != 1 or x.device != other.device:
+        found = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        raise ValueError(f"{name} is {found} and must be one {dtype} number on {other.device}: convert it")
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(sorted({str(x.dtype) for x in tensors}))
+
+
+def _total(noop_flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros(3, dtype=torch.float64, device=noop_flag.device)
+    grad_norm_(total, tensors)
+    return total
+
+
+def _norms(noop_flag: Tensor, xs: list[Tensor], per_tensor: bool, inv_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    totals = torch.stack([_total(noop_flag, [x]) for x in xs]) if per_tensor and xs else _total(noop_flag, xs)[None]
+    factor = 1.0 if inv_scale is None else inv_scale.double().abs().reshape(())
+    norm, each = ((squares.sqrt() * factor).float() for squares in (totals[:, 0].sum(0, keepdim=True), totals[:, 0]))
+    noop_flag.masked_fill_(~norm.isfinite(), 1)
+    return norm, each if per_tensor and xs else norm.new_empty(0)
+
+
+def _state(noop_flag: Tensor, step: Tensor, beta1: float, beta2: float, bias_correction: int, inv_scale: Tensor | None) -> StepState:
+    """What `adamw_` reads, computed where the numbers are."""
+    scalars = torch.zeros(6, dtype=torch.float64, device=noop_flag.device)
+    scalars[0] = 1.0 if inv_scale is None else inv_scale.reshape(())
+    scalars[2] = noop_flag.reshape(()) != 0
+    t = step.double().reshape(())
+    ones = torch.ones_like(t)
+    corrections = [1 / (1 - beta1**t), (1 - beta2**t).rsqrt()] if bias_correction else [ones, ones]
+    return StepState(scalars, torch.stack([t, *corrections])[None])
+
+
+def _capturable(
+    lists: list[list[Tensor]],
+    noop_flag: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    epsilon: float,
+    step: Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: Tensor,
+) -> None:
+    for x, name, dtype in ((lr, "lr", torch.float32), (step, "step", torch.int32), (inv_scale, "inv_scale", torch.float32)):
+        _check_number(x, name, dtype, noop_flag)
+    state = _state(noop_flag, step, *betas, bias_correction, inv_scale)
+    _adam(lists, state, lr, betas, epsilon, mode, weight_decay)
+    factor = torch.where(state.skip != 0, 1.0, state.grad_scale).float()
+    for g in lists[0]:
+        # Of the gradient's dimensions, so that a product with a 16-bit one is computed in fp32.
+        torch.mul(g, factor.reshape((1,) * g.dim()), out=g)
+
+
+def _adam(
+    lists: list[list[Tensor]], state: StepState, lr: float | Tensor, betas: tuple[float, float], epsilon: float, mode: int, decay: float
+) -> None:
+    """lists: g, p, m, v, masters. A master of a parameter that is fp32 itself is the parameter that is updated."""
+    if mode not in (0, 1):
+        raise ValueError(f"mode={mode} must be 0 (L2) or 1 (decoupled weight decay): choose one")
+    masters: list[Any] = list(lists[4]) or [None] * len(lists[0])
+    rows = [_dense(tensors) for tensors in zip(*lists[:4], masters, strict=True)]
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": epsilon, "weight_decay": decay, "decoupled": mode == 1}
+    copies = [(p, master) for _, p, _, _, master in rows if master is not None and p.dtype == torch.float32]
+    for wanted in (True, False):
+        chosen = [row for row in rows if (row[4] is not None and row[1].dtype != torch.float32) is wanted]
+        if not chosen:
+            continue
+        gs, ps, ms, vs, kept = (list(column) for column in zip(*chosen, strict=True))
+        weights = ps if wanted else [p if master is None else master for p, master in zip(ps, kept, strict=True)]
+        adamw_(weights, gs, kept if wanted else [], ms, vs, state, [0] * len(chosen), **options)
+    for p, master in copies:
+        p.copy_(torch.where(state.skip != 0, p, master))
+
+
+def _dense(tensors: Sequence[Any]) -> list[Any]:
+    """The same elements with the parameter's longest stride first: `adamw_` takes a channels_last parameter as a contiguous one."""
+    p = tensors[1]
+    if p.is_contiguous():
+        return list(tensors)
+    order = sorted(range(p.dim()), key=lambda d: -p.stride(d))
+    return [None if x is None else x.permute(order) for x in tensors]
