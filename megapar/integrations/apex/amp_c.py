@@ -30,9 +30,11 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, 
     # A copy to a narrower dtype would round, and overflow, before it is scaled.
     narrow = [torch.promote_types(x.dtype, out.dtype) != out.dtype for x, out in zip(ins, outs, strict=True)]
     staged = [x.to(torch.float32, copy=True) if n else out for x, out, n in zip(ins, outs, narrow, strict=True)]
-    torch._foreach_copy_([s for s, n in zip(staged, narrow, strict=True) if not n], [x for x, n in zip(ins, narrow, strict=True) if not n])
+    copies = [(out, x) for x, out, n in zip(ins, outs, narrow, strict=True) if not n and out is not x]
+    if copies:
+        torch._foreach_copy_([out for out, _ in copies], [x for _, x in copies])
     found = torch.zeros(1, device=noop_flag.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(staged, found, torch.full_like(found, scale))  # in one pass
+    torch._amp_foreach_non_finite_check_and_unscale_(staged, found, torch.full_like(found, scale))  # both in one pass
     for s, out, n in zip(staged, outs, narrow, strict=True):
         if n:
             out.copy_(s)
