@@ -87,9 +87,9 @@ def test_a_flag_that_is_set_stays_set():
         lambda noop: amp_c.multi_tensor_l2norm(CHUNK, noop, [x]),
         lambda noop: amp_c.multi_tensor_unscale_l2norm(CHUNK, noop, [x], ones),
     ):
-        noop = flag(1)
-        call(noop)
-        assert noop.tolist() == [1]
+        for noop in (flag(1), torch.tensor(1, dtype=torch.int32)):
+            call(noop)
+            assert int(noop) == 1
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, BF16), (FP16, BF16, F32)])
@@ -145,6 +145,32 @@ def test_more_than_2_to_the_31_elements():
     x[-1] = 3.0
     noop = flag()
     assert float(amp_c.multi_tensor_l2norm(CHUNK, noop, [[x]])[0]) == 3.0 and noop.tolist() == [0]
+
+
+def test_nothing_is_read_on_the_host():
+    """A meta tensor has no value to read, and so does a GPU's until one waits; sizes beyond 32 bits in all lists."""
+    with torch.device("meta"):
+        sizes, noop, one, step = [2**31 + 5, 3], torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.ones(1, dtype=torch.int32)
+
+        def drawn(dtype: torch.dtype = F32) -> list[Tensor]:
+            return [torch.empty(n, dtype=dtype) for n in sizes]
+
+        amp_c.multi_tensor_scale(CHUNK, noop, [drawn(), drawn(BF16)], 2.0)
+        amp_c.multi_tensor_axpby(CHUNK, noop, [drawn(), drawn(FP16), drawn(BF16)], 2.0, 1.0, -1)
+        for norm, each in (
+            amp_c.multi_tensor_l2norm(CHUNK, noop, [drawn()], True),
+            amp_c.multi_tensor_l2norm_mp(CHUNK, noop, [drawn()], True),
+            amp_c.multi_tensor_l2norm_scale(CHUNK, noop, [drawn(), drawn()], 2.0, True),
+            amp_c.multi_tensor_unscale_l2norm(CHUNK, noop, [drawn()], one, True),
+        ):
+            assert norm.shape == (1,) and each.shape == (2,)
+        args = [one, 0.9, 0.99, 1e-8, step, 1, 1, 0.1, one]
+        moments = [drawn(), drawn()]
+        amp_c.multi_tensor_adam(CHUNK, noop, [drawn(BF16), drawn(BF16), *moments], 0.1, 0.9, 0.99, 1e-8, 3, 1, 1, 0.1)
+        amp_c.multi_tensor_adam_capturable(CHUNK, noop, [drawn(BF16), drawn(BF16), *moments], *args)
+        for dtype in (BF16, F32):
+            amp_c.multi_tensor_adam_capturable_master(CHUNK, noop, [drawn(BF16), drawn(dtype), *moments, drawn()], *args)
+        assert amp_c.update_scale_hysteresis(one, step, step.clone(), one.clone(), 2.0, 0.5, 4, 2) is one
 
 
 def numbers(
@@ -213,8 +239,11 @@ def test_adam(dtype, grad, mode, kind):
 
 
 @pytest.mark.parametrize("kind", ["multi_tensor_adam", "multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master"])
-def test_adam_is_skipped(kind):
-    lists = state([555, 33], BF16, BF16, kind.endswith("master"))
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_adam_is_skipped(kind, dtype):
+    lists = state([555, 33], dtype, BF16, kind.endswith("master"))
+    if kind.endswith("master"):
+        lists[4] = [x + 1 for x in lists[4]]  # nor is a master that differs copied
     before = [[x.clone() for x in tensors] for tensors in lists]
     noop = flag(1)
     multi_tensor_applier(getattr(amp_c, kind), noop, lists, *numbers("capturable" in kind, inv_scale=0.5))

@@ -212,6 +212,18 @@ def test_groups_closures_and_parameters_without_gradient():
     assert [group["step"].tolist() for group in optimizer.param_groups] == [[1], [1]]
 
 
+@pytest.mark.parametrize("options", [{"capturable": True}, MASTERS], ids=str)
+def test_a_captured_step_reads_nothing(options):
+    """A meta tensor has no value that a host could wait for."""
+    model = model_of().to("meta", BF16)
+    optimizer = FusedAdam(model.parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.param_groups[0]["step"].device.type == optimizer.param_groups[0]["lr"].device.type == "meta"
+
+
 def test_zero_grad():
     for set_grad_none in (True, False):
         p = nn.Parameter(torch.ones(2))

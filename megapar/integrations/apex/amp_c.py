@@ -33,7 +33,7 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, 
     copies = [(out, x) for x, out, n in zip(ins, outs, narrow, strict=True) if not n and out is not x]
     if copies:
         torch._foreach_copy_([out for out, _ in copies], [x for _, x in copies])
-    found = torch.zeros(1, device=noop_flag.device)
+    found = torch.zeros((), device=noop_flag.device)
     torch._amp_foreach_non_finite_check_and_unscale_(staged, found, torch.full_like(found, scale))  # both in one pass
     for s, out, n in zip(staged, outs, narrow, strict=True):
         if n:
@@ -69,7 +69,7 @@ def multi_tensor_l2norm_mp(
 ) -> tuple[Tensor, Tensor]:
     """`multi_tensor_l2norm`, whose norms are 0 where noop was set before."""
     (xs,) = check(noop_flag, tensor_lists, ("x",), FLOATS)
-    skipped = noop_flag.clone() != 0
+    skipped = noop_flag.reshape(()) != 0
     norm, each = _norms(noop_flag, xs, bool(per_tensor), None)
     return norm.masked_fill_(skipped, 0), each.masked_fill_(skipped, 0)
 
@@ -187,8 +187,8 @@ def update_scale_hysteresis(
     raised = torch.where((streak == growth_interval) & grown.isfinite(), grown.double(), scale)
     moved = torch.where(found, torch.where(left > 0, scale, scale * backoff_factor), raised)
     current_scale.copy_(moved.reshape(current_scale.shape))
-    growth_tracker.copy_(torch.where(found | (streak == growth_interval), 0, streak).reshape(growth_tracker.shape))
-    hysteresis_tracker.copy_(torch.where(found, left, hysteresis).reshape(hysteresis_tracker.shape))
+    growth_tracker.copy_(streak.masked_fill(found | (streak == growth_interval), 0).reshape(growth_tracker.shape))
+    hysteresis_tracker.copy_(left.masked_fill(~found, hysteresis).reshape(hysteresis_tracker.shape))
     return current_scale
 
 
@@ -230,15 +230,16 @@ def _norms(noop_flag: Tensor, xs: list[Tensor], per_tensor: bool, inv_scale: Ten
     totals = torch.stack([_total(noop_flag, [x]) for x in xs]) if per_tensor and xs else _total(noop_flag, xs)[None]
     factor = 1.0 if inv_scale is None else inv_scale.double().abs().reshape(())
     norm, each = ((squares.sqrt() * factor).float() for squares in (totals[:, 0].sum(0, keepdim=True), totals[:, 0]))
-    noop_flag.masked_fill_(~norm.isfinite(), 1)
+    noop_flag.masked_fill_(~norm.isfinite().reshape(()), 1)
     return norm, each if per_tensor and xs else norm.new_empty(0)
 
 
 def _state(noop_flag: Tensor, step: Tensor, beta1: float, beta2: float, bias_correction: int, inv_scale: Tensor | None) -> StepState:
     """What `adamw_` reads, computed where the numbers are."""
     scalars = torch.zeros(6, dtype=torch.float64, device=noop_flag.device)
-    scalars[0] = 1.0 if inv_scale is None else inv_scale.reshape(())
-    scalars[2] = noop_flag.reshape(()) != 0
+    # Never `scalars[0] = 1.0`: on a GPU that copies from the host, which a CUDA graph cannot capture.
+    scalars[0].copy_(torch.ones_like(scalars[0]) if inv_scale is None else inv_scale.reshape(()))
+    scalars[2].copy_(noop_flag.reshape(()) != 0)
     t = step.double().reshape(())
     ones = torch.ones_like(t)
     corrections = [1 / (1 - beta1**t), (1 - beta2**t).rsqrt()] if bias_correction else [ones, ones]
@@ -261,7 +262,7 @@ def _capturable(
         _check_number(x, name, dtype, noop_flag)
     state = _state(noop_flag, step, *betas, bias_correction, inv_scale)
     _adam(lists, state, lr, betas, epsilon, mode, weight_decay)
-    factor = torch.where(state.skip != 0, 1.0, state.grad_scale).float()
+    factor = state.grad_scale.masked_fill(state.skip != 0, 1.0).float()
     for g in lists[0]:
         # Of the gradient's dimensions, so that a product with a 16-bit one is computed in fp32.
         torch.mul(g, factor.reshape((1,) * g.dim()), out=g)

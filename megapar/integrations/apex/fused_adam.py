@@ -136,7 +136,8 @@ class FusedAdam(torch.optim.Optimizer):
         for each in found.values():  # of all devices: they skip together
             noop.masked_fill_(each.to(device).reshape(1) != 0, 1)
         if self.capturable:
-            group.setdefault("step", torch.zeros(1, dtype=torch.int32, device=device))
+            if "step" not in group:
+                group["step"] = torch.zeros_like(noop)
             group["step"] += 1 - noop
         else:
             group["step"] = group.get("step", 0) + 1
