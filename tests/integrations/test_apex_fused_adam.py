@@ -151,6 +151,25 @@ def test_the_state_is_apexs():
         back.load_state_dict(broken)
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam])
+def test_loading_what_torch_saved(make):
+    """Whose groups know no bias_correction, and whose steps are those of each parameter."""
+    ours, theirs = model_of(), model_of()
+    reference = make(theirs.parameters(), weight_decay=0.1, **SMOOTH)
+    train(theirs, reference, range(3))
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = FusedAdam(ours.parameters(), adam_w_mode=make is torch.optim.AdamW)
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    for model, o in ((ours, optimizer), (theirs, reference)):
+        train(model, o, range(3, 6))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    broken = copy.deepcopy(reference.state_dict())
+    broken["state"][0]["step"] += 1
+    with pytest.raises(ValueError, match=r"have taken \[6, 7\] steps and share one here"):
+        optimizer.load_state_dict(broken)
+
+
 @SCALED
 @pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
 @pytest.mark.parametrize("unscale", [False, True])

@@ -168,18 +168,25 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` returned, or apex's. Raises ValueError for tensors of another shape.
+        """Takes what `state_dict` returned, apex's, or that of torch.optim.AdamW or Adam.
 
-        torch would round moments and masters to the parameter's dtype. A state without masters gets them from the parameters.
+        Raises ValueError for tensors of another shape, and for parameters of a group that took different numbers of steps. torch would
+        round moments and masters to the parameter's dtype. A state without masters gets them from the parameters.
         """
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         saved = [(p, state_dict["state"][i]) for i, p in zip(ids, params, strict=False) if i in state_dict["state"]]
         for p, values in saved:
             for name, value in values.items():
-                if value.shape != p.shape:
+                if name != "step" and value.shape != p.shape:
                     raise ValueError(f"the saved {name} has shape {tuple(value.shape)} and its parameter {tuple(p.shape)}: load its own")
-        super().load_state_dict({**state_dict, "state": {}})
+        groups = []
+        for group in state_dict["param_groups"]:
+            steps = {int(values["step"]) for i in group["params"] if "step" in (values := state_dict["state"].get(i, {}))}
+            if len(steps) > 1:
+                raise ValueError(f"parameters of a saved group have taken {sorted(steps)} steps and share one here: make groups of them")
+            groups.append({**self.defaults, **({"step": steps.pop()} if steps else {}), **group})
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for group in self.param_groups:
             self._place(group)
         for p, values in saved:
