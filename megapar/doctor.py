@@ -69,14 +69,14 @@ def _kernels() -> dict[str, str]:
     return {
         "cpu": _cpu_kernels(),
         "reference": f"plain PyTorch: {reference}",
-        "cuda": "no kernels yet: MEGAPAR_BACKEND=reference computes with plain PyTorch",
+        "gpu": dispatch.MISSING["cuda"] or f"{'CUDA' if dispatch.FORCED == 'cuda' else 'Triton'} (MEGAPAR_BACKEND chooses)",
         "compiler": compiler or "no C++ compiler found: install g++ 12 or newer",
     }
 
 
 def _cpu_kernels() -> str:
-    if dispatch.MISSING is not None:
-        return dispatch.MISSING
+    if dispatch.MISSING["cpu"] is not None:
+        return dispatch.MISSING["cpu"]
     try:
         return f"built, {torch.ops.megapar.cpu_isa()} bodies (MEGAPAR_CPU_ISA chooses lower ones)"
     except ValueError as error:
