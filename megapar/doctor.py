@@ -84,7 +84,8 @@ def _cpu_kernels() -> str:
 
 
 def _extras() -> dict[str, str]:
-    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for extra, names in EXTRAS.items() for name in names}
+    smallest = {name: extra for extra, names in reversed(EXTRAS.items()) for name in names}
+    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for name, extra in smallest.items()}
 
 
 def _version(name: str) -> str | None:
