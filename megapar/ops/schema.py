@@ -38,7 +38,7 @@ SCHEMAS = {
     "adamw_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor scalars,"
         " Tensor counters, int[] rows, *, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled=True,"
-        " int? seed=None, int[] ids=[], int[] places=[]) -> ()"
+        " int? seed=None, int[] ids=[], int[] places=[], Tensor? lr_scale=None) -> ()"
     ),
 }
 
