@@ -57,7 +57,7 @@ def multi_tensor_axpby(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, 
 def multi_tensor_l2norm(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, per_tensor: bool | None = None) -> tuple[Tensor, Tensor]:
     """[x]: the norm of all, fp32 [1], and where `per_tensor` that of each, fp32 [n], else [0]; noop where it is not finite.
 
-    Sums are fp64, so that only a norm beyond fp32 overflows. per_tensor costs a call of `grad_norm_` each.
+    Sums are fp64, so that only a norm beyond fp32 overflows.
     """
     (xs,) = check(noop_flag, tensor_lists, ("x",), FLOATS)
     return _norms(noop_flag, xs, bool(per_tensor), None)
@@ -227,11 +227,16 @@ def _total(noop_flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _norms(noop_flag: Tensor, xs: list[Tensor], per_tensor: bool, inv_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    totals = torch.stack([_total(noop_flag, [x]) for x in xs]) if per_tensor and xs else _total(noop_flag, xs)[None]
     factor = 1.0 if inv_scale is None else inv_scale.double().abs().reshape(())
-    norm, each = ((squares.sqrt() * factor).float() for squares in (totals[:, 0].sum(0, keepdim=True), totals[:, 0]))
+    if per_tensor and xs:
+        each = torch.stack(torch._foreach_norm(xs, 2, torch.float64))
+        norm = each.square().sum(0, keepdim=True).sqrt()
+    else:
+        norm = _total(noop_flag, xs)[:1].sqrt()
+        each = norm.new_empty(0)
+    norm, each = ((x * factor).float() for x in (norm, each))
     noop_flag.masked_fill_(~norm.isfinite().reshape(()), 1)
-    return norm, each if per_tensor and xs else norm.new_empty(0)
+    return norm, each
 
 
 def _state(noop_flag: Tensor, step: Tensor, beta1: float, beta2: float, bias_correction: int, inv_scale: Tensor | None) -> StepState:
