@@ -91,6 +91,14 @@ def test_masters_are_used(dtype):
     assert bool((low < start).all()) and bool((lost[start > 1] == start[start > 1]).all())
 
 
+def test_masters_are_found_where_apex_has_them():
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (BF16, torch.float32)]
+    optimizer = FusedAdam(params, **MASTERS)
+    (group,) = optimizer.param_groups_master
+    assert group["params"][0] is optimizer.state[params[0]]["master_param"] and group["params"][1] is params[1]
+    assert FusedAdam(params).param_groups_master is None
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, MASTERS], ids=str)
 def test_moments_are_not_rounded(dtype, options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megapar.integrations.apex import FUNCTIONS, fused_weight_gradient, install
+from tests.row_ops import kernels_only
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -66,17 +67,20 @@ def test_weight_gradients(dtype, shape):
     torch.testing.assert_close(target, x2.sum(0).float().expand(21, 33), rtol=1e-4, atol=1e-5)
 
 
+X, DY, DW = torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 3)
+
+
 @pytest.mark.parametrize(
     ("function", "tensors", "message"),
     [
-        ("fp32", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 3).bfloat16()), r"has dtype torch\.bfloat16 and must be float32"),
-        ("fp16", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 3)), "both must be bfloat16, or both float16"),
-        ("fp16", (torch.ones(4, 3).half(), torch.ones(4, 2).half(), torch.ones(2, 3).bfloat16()), "both must be bfloat16, or both"),
-        ("fp32", (torch.ones(4, 3), torch.ones(5, 2), torch.ones(2, 3)), "dy has 5 rows and x 4"),
-        ("fp32", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(3, 2)), r"target has shape \[3, 2\].* must be a contiguous \[2, 3\]"),
-        ("fp32", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(3, 2).t()), r"target has shape \[2, 3\] and strides \[1, 2\]"),
-        ("fp32", (torch.ones(4, 3).bfloat16(), torch.ones(4, 2), torch.ones(2, 3)), "x has dtype BFloat16 and dy Float"),
-        ("fp32", (torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 3, device="meta")), "input is on cpu and d_weight on meta"),
+        ("fp32", (X, DY, DW.bfloat16()), r"d_weight has dtype torch\.bfloat16 and must be float32"),
+        ("fp16", (X, DY, DW), "both must be bfloat16, or both float16"),
+        ("fp16", (X.half(), DY.half(), DW.bfloat16()), "both must be bfloat16, or both float16"),
+        ("fp32", (X, DY, DW.to("meta")), "input is on cpu and d_weight on meta"),
+        pytest.param("fp32", (X, torch.ones(5, 2), DW), "dy has 5 rows and x 4", marks=kernels_only),
+        pytest.param("fp32", (X, DY, torch.ones(3, 2)), r"shape \[3, 2\].* must be a contiguous \[2, 3\]", marks=kernels_only),
+        pytest.param("fp32", (X, DY, torch.ones(3, 2).t()), r"shape \[2, 3\] and strides \[1, 2\]", marks=kernels_only),
+        pytest.param("fp32", (X.bfloat16(), DY, DW), "x has dtype BFloat16 and dy Float", marks=kernels_only),
     ],
 )
 def test_weight_gradients_that_do_not_fit(function, tensors, message):

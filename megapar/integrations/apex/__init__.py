@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import types
 
-from megapar.integrations.apex import amp_c, fused_weight_gradient
+from megapar.integrations.apex import adam, amp_c, fused_weight_gradient
 from megapar.integrations.apex.fused_adam import FusedAdam, MultiTensorApply, multi_tensor_applier
 
 __all__ = ["FusedAdam", "MultiTensorApply", "install", "multi_tensor_applier"]
@@ -27,9 +27,9 @@ FUNCTIONS = {
         amp_c.multi_tensor_l2norm_mp,
         amp_c.multi_tensor_l2norm_scale,
         amp_c.multi_tensor_unscale_l2norm,
-        amp_c.multi_tensor_adam,
-        amp_c.multi_tensor_adam_capturable,
-        amp_c.multi_tensor_adam_capturable_master,
+        adam.multi_tensor_adam,
+        adam.multi_tensor_adam_capturable,
+        adam.multi_tensor_adam_capturable_master,
         amp_c.update_scale_hysteresis,
     ),
     "fused_weight_gradient_mlp_cuda": (fused_weight_gradient.wgrad_gemm_accum_fp32, fused_weight_gradient.wgrad_gemm_accum_fp16),

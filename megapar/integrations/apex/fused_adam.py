@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from megapar.integrations.apex import amp_c
+from megapar.integrations.apex import adam
+from megapar.integrations.apex.amp_c import FLOATS
 
 
 class MultiTensorApply:
-    """Calls a function of `amp_c` with its chunk size first."""
+    """Calls a function of `amp_C` with its chunk size first."""
 
     available = True
 
@@ -73,7 +74,7 @@ class FusedAdam(torch.optim.Optimizer):
         try:
             if len(devices) > 1:
                 raise ValueError(f"parameters of a group are on {' and '.join(sorted(map(str, devices)))}: make a group of each")
-            if not dtypes <= set(amp_c.FLOATS):
+            if not dtypes <= set(FLOATS):
                 raise ValueError(f"a parameter has dtype {', '.join(map(str, dtypes))}: convert it to float32, bfloat16 or float16")
         except ValueError:
             self.param_groups.pop()
@@ -91,6 +92,13 @@ class FusedAdam(torch.optim.Optimizer):
                 group[name] = value.reshape(1) if name == "step" else value.clone()
             else:
                 group[name] = number(group[name])
+
+    @property
+    def param_groups_master(self) -> list[dict[str, list[Tensor]]] | None:
+        """Each group's masters, an fp32 parameter being its own; None without master_weights."""
+        if not self.master_weights:
+            return None
+        return [{"params": [self._state(p).get("master_param", p) for p in group["params"]]} for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Drops the gradients where set_to_none, by default what `set_grad_none` said, else fills them with 0."""
@@ -148,10 +156,10 @@ class FusedAdam(torch.optim.Optimizer):
         numbers = [group["lr"], *group["betas"], group["eps"], group["step"], self.adam_w_mode, int(group["bias_correction"])]
         numbers.append(group["weight_decay"])
         if not self.capturable:
-            multi_tensor_applier(amp_c.multi_tensor_adam, noop, lists, *numbers)
+            multi_tensor_applier(adam.multi_tensor_adam, noop, lists, *numbers)
             return
         one = torch.ones(1, device=device) if inv_scale is None else inv_scale.to(device)
-        for op, wanted in ((amp_c.multi_tensor_adam_capturable_master, True), (amp_c.multi_tensor_adam_capturable, False)):
+        for op, wanted in ((adam.multi_tensor_adam_capturable_master, True), (adam.multi_tensor_adam_capturable, False)):
             chosen = [[x for x, s in zip(tensors, states, strict=True) if ("master_param" in s) is wanted] for tensors in lists]
             masters = [[s["master_param"] for s in states if "master_param" in s]] if wanted else []
             multi_tensor_applier(op, noop, [*chosen, *masters], *numbers, one)
