@@ -35,9 +35,9 @@ class Tile:
 
 def tile(h: int) -> Tile:
     """For rows of h that are held: powers of two, 16 elements a thread (8 below 2048 columns, 32 in the widest): whole 128-bit accesses of 16
-    bits, and 16 warps at most, so that a barrier stops few of them."""
-    block = max(triton.next_power_of_2(h), 256)
-    return Tile(max(1024 // block, 1), block, min(max(block // 512, 4), 16))
+    bits, and 16 warps at most, so that a barrier stops few of them. 512 is left out, to compile less: its rows use half of 1024."""
+    block = 256 if h <= 256 else max(triton.next_power_of_2(h), 1024)
+    return Tile(1024 // block if block < 1024 else 1, block, min(max(block // 512, 4), 16))
 
 
 def programs(t: int, sms: int, chosen: Tile) -> int:
@@ -317,9 +317,7 @@ def backward(
     t = s.numel() // max(h, 1)
     dx, dw = torch.empty_like(s), torch.empty_like(weight)
     db = torch.empty_like(weight) if centred else None
-    shape, wide = tile(min(h, CHUNK)), h > WIDEST_BACKWARD
-    if not wide:
-        shape = tile(h)
+    shape, wide = tile(min(h, WIDEST_BACKWARD)), h > WIDEST_BACKWARD
     count = programs(t, target_of(s.device).sms, shape)
     partial = s.new_empty(count, 2 * h if centred else h, dtype=torch.float32)
     if wide:
@@ -329,6 +327,6 @@ def backward(
     else:
         options = {"CENTRED": centred, "ROWS": shape.rows, "BLOCK": shape.block, "num_warps": shape.num_warps}
         launch(norm_backward_kernel, (count,), dy, ds, s, weight, mean, rstd, dx, partial, t, h, **options)
-    columns = ceil_div(h, 64)
-    launch(sum_partials_kernel, (columns, 2 if centred else 1), partial, dw, db, count, h, CENTRED=centred, ROWS=32, BLOCK=64, num_warps=4)
+    columns = ceil_div(h, 128)
+    launch(sum_partials_kernel, (columns, 2 if centred else 1), partial, dw, db, count, h, CENTRED=centred, ROWS=16, BLOCK=128, num_warps=4)
     return dx, dw, db
