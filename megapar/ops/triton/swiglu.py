@@ -27,12 +27,19 @@ def _place(t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-un
     return row, column, (row < t) & (column < f)
 
 
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    """The divisor is at most 2: the division of GPUs gives 0 where it is above 2^126, as 1 + exp(-x) may be."""
+    e = exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1 + e)
+
+
 @triton.jit(do_not_specialize=["t"])
 def swiglu_kernel(x, y, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column, mask = _place(t, f, ROWS, BLOCK)
     at = row * 2 * f + column
     gate, up = load(x + at, mask), load(x + f + at, mask)
-    store(y + row * f + column, gate / (1 + exp(-gate)) * up, mask)
+    store(y + row * f + column, gate * _sigmoid(gate) * up, mask)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -40,7 +47,7 @@ def swiglu_backward_kernel(dy, x, dx, t, f, ROWS: tl.constexpr, BLOCK: tl.conste
     row, column, mask = _place(t, f, ROWS, BLOCK)
     at = row * 2 * f + column
     gate, up = load(x + at, mask), load(x + f + at, mask)
-    d, s = load(dy + row * f + column, mask), 1 / (1 + exp(-gate))
+    d, s = load(dy + row * f + column, mask), _sigmoid(gate)
     store(dx + at, d * up * s * (1 + gate * (1 - s)), mask)
     store(dx + f + at, d * gate * s, mask)
 
