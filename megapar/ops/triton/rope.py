@@ -48,10 +48,14 @@ def _move(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["t", "s"])
 def rope_qkv_kernel(  # type: ignore[no-untyped-def]
-    qkv, q, k, v, cos, sin, t, s, half, stride, q_heads, kv_heads, qb, qn, qs, kb, kn, ks, vb, vn, vs, BACK: tl.constexpr,
-    TOKENS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    qkv, q, k, v, cos, sin, t, s, units, stride, q_heads, kv_heads, qb, qn, qs, kb, kn, ks, vb, vn, vs, BACK: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """qkv: rows `stride` apart of q, k and v heads of 2 half elements; cos, sin [t, half]; qb to vs: strides of a batch, head and token."""
+    """qkv: rows `stride` apart of q, k and v heads of 2 half elements; cos, sin [t, half]; qb to vs: strides of a batch, head and token.
+
+    half = units UNIT: Triton looks at divisibility by 16 alone, and 40, of heads of 80, is divisible by 8, which is enough for 128 bits.
+    """
+    half = units * UNIT
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     column = (tl.program_id(2) * HALF + tl.arange(0, HALF))[None, :]
     mask = (token < t) & (column < half)
@@ -125,6 +129,8 @@ def _launch(qkv: Tensor, apart: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *,
     block = columns(half)
     grid = (ceil_div(t, ELEMENTS // block), ceil_div(q_heads, HEADS) + 2 * ceil_div(kv_heads, HEADS), ceil_div(half, block))
     strides = (x.stride(i) for x in apart for i in range(3))
-    sizes = (t, apart[0].shape[2], half, qkv.stride(0), q_heads, kv_heads)
-    options: dict[str, Any] = {"BACK": back, "TOKENS": ELEMENTS // block, "HALF": block, "HEADS": HEADS, "num_warps": NUM_WARPS}
+    unit = 1 if half % 8 else 8
+    sizes = (t, apart[0].shape[2], half // unit, qkv.stride(0), q_heads, kv_heads)
+    options: dict[str, Any] = {"BACK": back, "TOKENS": ELEMENTS // block, "HALF": block, "HEADS": HEADS, "UNIT": unit}
+    options["num_warps"] = NUM_WARPS
     launch(rope_qkv_kernel, grid, qkv, *apart, cos.contiguous(), sin.contiguous(), *sizes, *strides, **options)
