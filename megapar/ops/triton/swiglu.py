@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megapar.ops.triton.checks import check_float, check_same, require
+from megapar.ops.triton.elementwise import NUM_WARPS, tile
 from megapar.ops.triton.exp import exp
 from megapar.ops.triton.floats import load, store
 from megapar.ops.triton.launch import ceil_div, launch
-from megapar.ops.triton.elementwise import NUM_WARPS, tile
 
 
 @triton.jit
