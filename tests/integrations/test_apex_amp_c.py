@@ -144,7 +144,10 @@ def test_mp_is_skipped():
 def test_more_than_2_to_the_31_elements():
     """Zero pages that are never written, so that they take no memory; the last element is beyond what 32 bits can index."""
     n = 2**31 + 3
-    x = torch.frombuffer(mmap.mmap(-1, 2 * n), dtype=BF16)
+    pages = mmap.mmap(-1, 2 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MB
+    x = torch.frombuffer(pages, dtype=BF16)
     x[-1] = 3.0
     noop = flag()
     assert float(amp_c.multi_tensor_l2norm(CHUNK, noop, [[x]])[0]) == 3.0 and noop.tolist() == [0]
