@@ -372,6 +372,7 @@ def refused() -> dict[str, tuple[Any, str]]:
         "lr": (lambda: adam.multi_tensor_adam(CHUNK, one, good, *numbers(False, lr=-1.0)), r"lr=-1(\.0)? must not be negative"),
         "lr tensor": (lambda: capturable(good, 0, torch.ones((), dtype=torch.float64)), "lr is torch.float64 .* one torch.float32 number"),
         "step": (lambda: capturable(good, 4, torch.ones(1)), "step is torch.float32 .* one torch.int32 number"),
+        "expanded": (lambda: capturable([[torch.ones(1, 1).expand(3, 4)], *good[1:]], 0, torch.ones(1)), r"g\[0\] has strides \(0, 0\)"),
         "unscale": (lambda: capturable(good, 8, torch.ones(1, device="meta")), "inv_scale is .* on meta and must be .* on cpu"),
         "strides": (lambda: adam.multi_tensor_adam(CHUNK, one, strided, *numbers(False)), r"exp_avgs\[0\] has strides \[1, 3\]"),
         "moments": (lambda: adam.multi_tensor_adam(CHUNK, one, half, *numbers(False)), r"exp_avgs\[0\] has dtype Half .* must be float32"),

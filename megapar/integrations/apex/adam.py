@@ -108,6 +108,9 @@ def _capturable(
 ) -> None:
     for x, name, dtype in ((lr, "lr", torch.float32), (step, "step", torch.int32), (inv_scale, "inv_scale", torch.float32)):
         check_number(x, name, dtype, noop_flag)
+    for i, g in enumerate(lists[0]):
+        if any(stride == 0 and n > 1 for stride, n in zip(g.stride(), g.shape, strict=True)):
+            raise ValueError(f"g[{i}] has strides {g.stride()} and is written in place: make it contiguous")
     state = _state(noop_flag, step, *betas, bias_correction, inv_scale)
     _adam(lists, state, lr, betas, epsilon, mode, weight_decay)
     factor = state.grad_scale.masked_fill(state.skip != 0, 1.0).float()
