@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapar.ops.triton.dropout import dropout
+from megapar.ops.triton.dropout import dropout, dropout_kernel
 from tests.aot.common import assert_lean, assert_listed, assert_narrow, compiled, every_config, meta
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,5 +37,10 @@ def test_compiled(call, arch):
     st.sampled_from([0, 1, 2**31, 2**32 - 70000]),
 )
 def test_list_is_complete(t, h, dtype, key, p, column):
-    """Also that no key, rate or column is compiled apart: they are int64 by the kernel's signature."""
     assert_listed(lambda: run(t, h, dtype, key, p, column), list(CALLS.values()))
+
+
+def test_no_key_or_rate_is_compiled_apart():
+    """An integer's type is that of its value unless the signature says it, and its value counts where it is 1 or divisible by 16."""
+    types = {parameter.name: (parameter.annotation_type, parameter.do_not_specialize) for parameter in dropout_kernel.params}
+    assert all(types[name] == ("i64", True) for name in ("key", "first", "least"))
