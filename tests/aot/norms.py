@@ -1,7 +1,7 @@
 """What the tests of RMSNorm's and LayerNorm's kernels as compiled share, as the kernels do.
 
-Compiled: every kernel at every tile in every dtype, with a residual, which is the most that it holds; and at one tile of each kernel what is
-compiled apart because the weight is fp32 or an argument is left out, and rows of an odd number of elements.
+Compiled: every kernel at every tile in every dtype, with a residual, which is the most that it holds; and at one tile of each kernel what
+is compiled apart because the weight is fp32 or an argument is left out, and rows of an odd number of elements.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def check(kernel_calls: dict[str, Call], call: Call, arch: int) -> None:
         if kernel.name != "sum_partials_kernel" and not odd:
             wide = kernel.count(r"LDG.*\.128"), kernel.count(r"STG.*\.128")
             narrow = kernel.count("LDG") - wide[0], kernel.count("STG") - wide[1]
-            # Mean and rstd; sums of 256 columns leave 128 threads with two each.
-            assert min(wide) >= 1 and max(narrow) <= 2, f"{kernel.name} for sm_{arch}: {kernel.instructions}"
+            # Mean and rstd; the weight and the sums of 256 columns leave 128 threads with two each.
+            assert min(wide) >= 1 and narrow[0] <= 3 and narrow[1] <= 2, f"{kernel.name} for sm_{arch}: {kernel.instructions}"
 
 
 def aspects(launch: Launch) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Every Triton kernel meets the bounds of its op: the op's tests again, on the CPU, in a process in which Triton's interpreter runs them."""
+"""Every Triton kernel meets the bounds of its op: the op's tests again, in a process in which Triton's interpreter runs them on the CPU."""
 
 import os
 import subprocess
