@@ -17,7 +17,7 @@ from megapar.ops import dispatch
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LIBRARIES = ("numpy", "tokenizers", "safetensors", "rich", "tyro", "matplotlib")
-EXTRAS = {"gpu": ("triton",), "tensorboard": ("tensorboard",), "dev": ("pytest", "hypothesis", "ruff", "mypy", "transformers")}
+EXTRAS = {"gpu": ("triton",), "tensorboard": ("tensorboard",), "dev": ("pytest", "hypothesis", "ruff", "mypy", "transformers", "triton")}
 
 
 def doctor() -> str:
@@ -69,14 +69,14 @@ def _kernels() -> dict[str, str]:
     return {
         "cpu": _cpu_kernels(),
         "reference": f"plain PyTorch: {reference}",
-        "cuda": "no kernels yet: MEGAPAR_BACKEND=reference computes with plain PyTorch",
+        "gpu": dispatch.MISSING["cuda"] or f"{'CUDA' if dispatch.FORCED == 'cuda' else 'Triton'} (MEGAPAR_BACKEND chooses)",
         "compiler": compiler or "no C++ compiler found: install g++ 12 or newer",
     }
 
 
 def _cpu_kernels() -> str:
-    if dispatch.MISSING is not None:
-        return dispatch.MISSING
+    if dispatch.MISSING["cpu"] is not None:
+        return dispatch.MISSING["cpu"]
     try:
         return f"built, {torch.ops.megapar.cpu_isa()} bodies (MEGAPAR_CPU_ISA chooses lower ones)"
     except ValueError as error:
@@ -84,7 +84,8 @@ def _cpu_kernels() -> str:
 
 
 def _extras() -> dict[str, str]:
-    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for extra, names in EXTRAS.items() for name in names}
+    smallest = {name: extra for extra, names in reversed(EXTRAS.items()) for name in names}
+    return {name: _version(name) or f"missing: pip install 'megapar[{extra}]'" for name, extra in smallest.items()}
 
 
 def _version(name: str) -> str | None:

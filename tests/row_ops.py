@@ -1,5 +1,10 @@
-"""What the tests of the memory-bound ops share: inputs at the edges of vectors and blocks, comparison with fp64 within a given bound."""
+"""What the tests of the memory-bound ops share: inputs at the edges of vectors and blocks, comparison with fp64 within a given bound.
 
+The same tests run on the compiled CPU kernels; on Triton's, which its interpreter takes on (tests/ops/test_interpreted.py); and with
+MEGAPAR_TEST_DEVICE=cuda on a GPU.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +24,22 @@ WIDTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 80, 127, 129, 1025)
 """Around one vector of 16 and the four that a loop takes at a time."""
 ROWS = (0, 1, 2, 15, 16, 17, 33, 130)
 """Around the 16 rows of a block; 130 is more than two blocks, which are of different sizes then."""
+DEVICE = os.environ.get("MEGAPAR_TEST_DEVICE") or "cpu"
 kernels_only = pytest.mark.skipif(dispatch.FORCED == "reference", reason="checks and range that the kernels alone have")
+cpu_only = pytest.mark.skipif(
+    dispatch.INTERPRETED or DEVICE != "cpu" or dispatch.FORCED == "reference", reason="about the compiled CPU kernels"
+)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (shift + scale * x).to(device=DEVICE, dtype=dtype)
+
+
+def examples(n: int) -> int:
+    """Of hypothesis: fewer where each takes the interpreter's time."""
+    return max(n // 6, 10) if dispatch.INTERPRETED else n
 
 
 def strided(x: Tensor) -> Tensor:
@@ -46,6 +61,8 @@ def assert_within(got: Tensor, exact: Tensor, bound: Tensor | float, what: str =
 
 def each_number_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
     """Asserts that the results are the same bits on 1, 2 and 3 threads."""
+    if dispatch.INTERPRETED or DEVICE != "cpu":
+        pytest.skip("no threads of torch's take part")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

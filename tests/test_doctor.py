@@ -39,9 +39,9 @@ def test_cpu_without_proc_is_no_error(monkeypatch):
 
 
 def test_kernels(monkeypatch):
-    monkeypatch.setattr(doctor.dispatch, "MISSING", None)
+    monkeypatch.setattr(doctor.dispatch, "MISSING", {"cpu": None, "cuda": None})
     assert f"built, {torch.ops.megapar.cpu_isa()} bodies" in doctor.doctor()
     monkeypatch.setattr(doctor.dispatch, "FORCED", "reference")
     assert "every op, MEGAPAR_BACKEND=reference says so" in doctor.doctor()
-    monkeypatch.setattr(doctor.dispatch, "MISSING", "the CPU kernels are not built: do this")
-    assert "the CPU kernels are not built: do this" in doctor.doctor()
+    monkeypatch.setattr(doctor.dispatch, "MISSING", {"cpu": "the CPU kernels are not built: do this", "cuda": "no Triton"})
+    assert "the CPU kernels are not built: do this" in doctor.doctor() and "no Triton" in doctor.doctor()

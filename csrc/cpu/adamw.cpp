@@ -136,6 +136,15 @@ StepState step_state_of(const at::Tensor& scalars, const at::Tensor& counters) {
           reinterpret_cast<const StepCounter*>(counters.const_data_ptr<double>()), counters.numel() / 3};
 }
 
+// A rate that lives in memory, so that a captured step reads what a scheduler wrote.
+double rate_of(double lr, const std::optional<at::Tensor>& lr_scale) {
+  if (!lr_scale) return lr;
+  TORCH_CHECK_VALUE(lr_scale->scalar_type() == at::kDouble && lr_scale->numel() == 1 && lr_scale->device().is_cpu(), "lr_scale is ",
+                    lr_scale->scalar_type(), " of shape ", lr_scale->sizes(), " on ", lr_scale->device(),
+                    " and must be one float64 number on the CPU: convert it");
+  return lr * *lr_scale->const_data_ptr<double>();
+}
+
 struct Options {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled;
@@ -195,10 +204,12 @@ void run(const std::vector<AdamwEntry>& entries, const std::vector<AdamwBody>& b
 
 void adamw_(at::TensorList weights, at::TensorList grads, at::TensorList masters, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
             const at::Tensor& scalars, const at::Tensor& counters, at::IntArrayRef rows, double lr, double beta1, double beta2, double eps,
-            double weight_decay, bool decoupled, std::optional<int64_t> seed, at::IntArrayRef ids, at::IntArrayRef places) {
+            double weight_decay, bool decoupled, std::optional<int64_t> seed, at::IntArrayRef ids, at::IntArrayRef places,
+            const std::optional<at::Tensor>& lr_scale) {
   const size_t n = weights.size();
-  const Options options = {lr, beta1, beta2, eps, weight_decay, decoupled};
+  Options options = {lr, beta1, beta2, eps, weight_decay, decoupled};
   check(options);
+  options.lr = rate_of(lr, lr_scale);
   TORCH_CHECK_VALUE(grads.size() == n && (masters.empty() || masters.size() == n) && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
                         rows.size() == n && (places.empty() || places.size() == 3 * n) && (!seed || ids.size() == n),
                     "there are ", n, " weights, ", grads.size(), " grads, ", masters.size(), " masters, ", exp_avgs.size(), " exp_avgs, ",

@@ -52,7 +52,7 @@ def adamw_(
     state: StepState,
     rows: Sequence[int],
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -62,19 +62,22 @@ def adamw_(
     """Updates weights, masters and moments in place, unless `state.skip`. Everything but a gradient is contiguous and apart from the rest.
 
     weights, grads: fp32, bf16 or fp16. masters: none, or all fp32 (beside 16-bit weights) or int16 (beside bf16). Moments: fp32, or both
-    bf16. rows: of each tensor in `state.counters`. noise: rounds what is kept in bf16 alone (moments, a weight without master)
-    stochastically. Raises ValueError for options out of range, and for tensors that do not fit together, before anything is written.
+    bf16. rows: of each tensor in `state.counters`. lr: a number; or a tensor of one, whose value the device reads and nobody checks.
+    noise: rounds what is kept in bf16 alone (moments, a weight without master) stochastically. Raises ValueError for options out of
+    range, and for tensors that do not fit together, before anything is written.
     """
     lists = [list(tensors) for tensors in (weights, grads, masters, exp_avgs, exp_avg_sqs)]
     run: Any = adamw_reference if any(map(use_reference, lists[0])) else torch.ops.megapar.adamw_.default
     options: dict[str, Any] = {
-        "lr": lr,
+        "lr": 1.0 if isinstance(lr, Tensor) else float(lr),
         "beta1": betas[0],
         "beta2": betas[1],
         "eps": eps,
         "weight_decay": weight_decay,
         "decoupled": decoupled,
     }
+    if isinstance(lr, Tensor):
+        options["lr_scale"] = lr.detach().to(state.scalars)
     if noise is not None:
         options |= {"seed": noise.seed, "ids": list(noise.ids), "places": [n for place in noise.places for n in place]}
     run(*lists, state.scalars, state.counters, list(rows), **options)
@@ -109,14 +112,16 @@ def adamw_reference(
     seed: int | None = None,
     ids: Sequence[int] = (),
     places: Sequence[int] = (),
+    lr_scale: Tensor | None = None,
 ) -> None:
     """The formula, tensor by tensor."""
     check_options(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    rate: float | Tensor = lr if lr_scale is None else lr * lr_scale.reshape(())
     skip = scalars[2] != 0
     for i, (weight, grad, exp_avg, exp_avg_sq, row) in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, rows, strict=True)):
         master = masters[i] if masters else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_scale, step_scale, root_scale = (x.to(wide) for x in (scalars[0], counters[row, 1], counters[row, 2]))
+        grad_scale, step_size, root_scale = (x.to(wide) for x in (scalars[0], rate * counters[row, 1], counters[row, 2]))
         if master is None:
             w = weight.to(wide)
         else:
@@ -127,8 +132,8 @@ def adamw_reference(
         m, v = exp_avg.to(wide), exp_avg_sq.to(wide)
         m = m + (1 - beta1) * (g - m)
         v = v + (1 - beta2) * (g * g - v)
-        decay = lr * weight_decay if decoupled else 0.0
-        w = w - decay * w - lr * step_scale * m / (v.sqrt() * root_scale + eps)
+        decay = rate * weight_decay if decoupled else 0.0
+        w = w - decay * w - step_size * m / (v.sqrt() * root_scale + eps)
         bits = None
         if seed is not None:
             bits = noise(weight, seed, counters[row, 0].long(), ids[i], tuple(places[3 * i : 3 * i + 3]) or (0, max(weight.numel(), 1), 0))

@@ -38,9 +38,32 @@ SCHEMAS = {
     "adamw_": (
         "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor scalars,"
         " Tensor counters, int[] rows, *, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled=True,"
-        " int? seed=None, int[] ids=[], int[] places=[]) -> ()"
+        " int? seed=None, int[] ids=[], int[] places=[], Tensor? lr_scale=None) -> ()"
     ),
 }
+
+FILES = {
+    "linear": "linear",
+    "linear_input_grad": "linear",
+    "linear_weight_grad_": "linear",
+    "linear_bias_grad_": "linear",
+    "swiglu": "swiglu",
+    "swiglu_backward": "swiglu",
+    "rms_norm": "rms_norm",
+    "rms_norm_backward": "rms_norm",
+    "layer_norm": "layer_norm",
+    "layer_norm_backward": "layer_norm",
+    "rope_qkv": "rope",
+    "rope_qkv_backward": "rope",
+    "cross_entropy_statistics": "cross_entropy",
+    "cross_entropy_grad": "cross_entropy",
+    "cross_entropy_grad_": "cross_entropy",
+    "dropout": "dropout",
+    "grad_norm_": "grad_norm",
+    "step_state_": "step_state",
+    "adamw_": "adamw",
+}
+"""The file, here and in `triton/`, of every op that computes something."""
 
 LIBRARY = torch.library.Library("megapar", "DEF")
 for _name, _signature in SCHEMAS.items():

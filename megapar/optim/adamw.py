@@ -22,9 +22,19 @@ from megapar.optim.noise import parts_of
 Masters = Literal["fp32", "remainder"] | None
 
 
+def known_rate(lr: float | Tensor) -> float:
+    """Its value where the host has it, 0 where it would have to wait. Raises ValueError for a tensor of several numbers or of integers."""
+    if not isinstance(lr, Tensor):
+        return float(lr)
+    if lr.numel() != 1 or not lr.is_floating_point():
+        raise ValueError(f"lr is {lr.dtype} of shape {tuple(lr.shape)} and must be one floating-point number: give torch.tensor(1e-3)")
+    return float(lr) if lr.device.type == "cpu" else 0.0
+
+
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with torch.optim.AdamW's defaults, on a parameter's `main_grad` where it has one, else its `.grad`.
 
+    lr: a number, or a tensor of one, which a step reads where the parameters are: give it there, and no step waits for it.
     master_weights: what 16-bit parameters are updated in: "fp32", a copy; "remainder", 16 bits beside a bfloat16 parameter that make it
     fp32; None, the parameter itself. Masters are made from the parameters at their first step.
     max_norm: gradients are scaled down to this global norm; they themselves stay as they are. `grad_norm` is the norm before, and a step
@@ -42,7 +52,7 @@ class FusedAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -92,7 +102,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        check_options(lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
+        check_options(lr=known_rate(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
         if self.moment_dtype == torch.bfloat16 and self.seed is None and beta2 > 0.99:
             raise ValueError(f"beta2={beta2} moves a bfloat16 moment by less than it can round: lower it to 0.99, or give a seed")
         if self.max_norm is not None:
@@ -186,9 +196,9 @@ class FusedAdamW(torch.optim.Optimizer):
         if not entries:
             return
         weights, grads, first, second, *masters = (list(column) for column in zip(*entries, strict=True))
-        options: dict[str, Any] = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+        options: dict[str, Any] = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         options["noise"] = None if self.seed is None else Noise(self.seed, ids, places)
-        adamw_(weights, grads, masters[0] if masters else [], first, second, self.step_state, rows, lr=float(group["lr"]), **options)
+        adamw_(weights, grads, masters[0] if masters else [], first, second, self.step_state, rows, **options)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

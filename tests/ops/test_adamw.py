@@ -432,8 +432,42 @@ def test_options_out_of_range(options, message):
         adamw_(*vars(before).values(), state_at(1), [0, 1], **OPTIONS)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("lr", [torch.tensor(0.3), torch.tensor([1e-3]).double(), torch.tensor(0.1).bfloat16(), torch.zeros(())])
+def test_a_rate_in_memory_is_the_number(kind, decoupled, lr):
+    """Bit for bit, in the kernel and in plain PyTorch; and times the number beside it."""
+    number, given = lists([70, 1], *kind), lists([70, 1], *kind)
+    step(number, state_at(3), lr=float(lr), decoupled=decoupled)
+    step(given, state_at(3), lr=lr, decoupled=decoupled)
+    assert all(torch.equal(a, b) for a, b in zip(number.tensors(), given.tensors(), strict=True))
+    plain = [lists([70, 1], *kind) for _ in range(2)]
+    rest = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": decoupled}
+    state = state_at(3)
+    for x, rates in zip(plain, ({"lr": float(lr)}, {"lr": 2.0, "lr_scale": lr.double() / 2}), strict=True):
+        adamw_reference(*vars(x).values(), state.scalars, state.counters, [0, 0], **rates, **rest)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0].tensors(), plain[1].tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lr_scale", "message"),
+    [
+        (torch.ones(()), r"lr_scale is Float of shape \[\] on cpu and must be one float64 number"),
+        (torch.ones(2, dtype=torch.float64), r"lr_scale is Double of shape \[2\]"),
+    ],
+)
+def test_a_rate_that_is_no_number(lr_scale, message):
+    x, state = lists([64, 8], BF16, F32), state_at(1)
+    before = x.clone()
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "lr_scale": lr_scale}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.megapar.adamw_.default(*vars(x).values(), state.scalars, state.counters, [0, 0], **numbers)
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors(), x.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("lr_scale", [None, torch.tensor([0.5], dtype=torch.float64)])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
-def test_opcheck(kind):
+def test_opcheck(kind, lr_scale):
     x, state = lists([33, 5], *kind), state_at(1)
-    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "lr_scale": lr_scale}
     torch.library.opcheck(torch.ops.megapar.adamw_.default, (*vars(x).values(), state.scalars, state.counters, [0, 0]), numbers)

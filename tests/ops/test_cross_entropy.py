@@ -15,7 +15,19 @@ from megapar.ops.cross_entropy import (
     cross_entropy_statistics,
     cross_entropy_statistics_reference,
 )
-from tests.row_ops import DTYPES, FP32, LEAST, UNIT, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
+from tests.row_ops import (
+    DTYPES,
+    FP32,
+    LEAST,
+    UNIT,
+    assert_within,
+    check_op,
+    each_number_of_threads,
+    examples,
+    kernels_only,
+    normal,
+    strided,
+)
 
 OPTIONS = {"vocab_size": 9, "label_smoothing": 0.2, "z_loss": 0.01}
 PLAIN = {"vocab_size": 4, "label_smoothing": 0.0, "z_loss": 0.0}
@@ -115,7 +127,7 @@ def check(z: Tensor, index: Tensor, smoothing: float, z_loss: float, dloss: Tens
     assert torch.equal(over, got)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(
     st.sampled_from([0, 1, 2, 5]),
     st.sampled_from([1, 15, 16, 17, 63, 64, 65, 129, 4095, 4096, 4097, 8193]),

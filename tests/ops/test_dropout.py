@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.dropout import dropout, dropout_key, dropout_reference, dropout_rows
-from tests.row_ops import DTYPES, ROWS, WIDTHS, check_op, each_number_of_threads, kernels_only, normal, strided
+from tests.row_ops import DTYPES, ROWS, WIDTHS, check_op, each_number_of_threads, examples, kernels_only, normal, strided
 
 KEY = dropout_key(1, 2, 3)
 
@@ -17,7 +17,7 @@ def rows_of(t: int, s: int = 7) -> Tensor:
     return dropout_rows(at // s, at % s)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(
     st.sampled_from(ROWS),
     st.sampled_from(WIDTHS),

@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.layer_norm import layer_norm, layer_norm_backward_reference, layer_norm_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
+from tests.row_ops import (
+    DTYPES,
+    FP32,
+    ROWS,
+    UNIT,
+    WIDTHS,
+    assert_within,
+    check_op,
+    each_number_of_threads,
+    examples,
+    kernels_only,
+    normal,
+    strided,
+)
 
 op, op_backward = torch.ops.megapar.layer_norm.default, torch.ops.megapar.layer_norm_backward.default
 
@@ -48,7 +61,7 @@ def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | Non
         assert_within(bias.grad, wide[2].grad, rows * dy.double().abs().sum(0), "db")
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(st.sampled_from(ROWS), st.sampled_from(WIDTHS), st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_against_fp64(t, h, dtype, wide_weight, with_residual, with_bias, dense):
     x, residual, dy, ds = (normal(t, h, dtype=dtype, seed=i, shift=0.5) for i in range(4))

@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.rms_norm import rms_norm, rms_norm_backward_reference, rms_norm_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
+from tests.row_ops import (
+    DTYPES,
+    FP32,
+    ROWS,
+    UNIT,
+    WIDTHS,
+    assert_within,
+    check_op,
+    each_number_of_threads,
+    examples,
+    kernels_only,
+    normal,
+    strided,
+)
 
 op, op_backward = torch.ops.megapar.rms_norm.default, torch.ops.megapar.rms_norm_backward.default
 
@@ -42,7 +55,7 @@ def check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dy: Te
     assert_within(weight.grad, dw, (depth + FP32 * (t / 64 + 80)) * (dy.double() * z).abs().sum(0), "dw")
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(
     st.sampled_from(ROWS),
     st.sampled_from(WIDTHS),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.rope import rope_angles, rope_qkv, rope_qkv_backward_reference, rope_qkv_reference
-from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, kernels_only, normal
+from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, examples, kernels_only, normal
 
 op, op_backward = torch.ops.megapar.rope_qkv.default, torch.ops.megapar.rope_qkv_backward.default
 
@@ -24,7 +24,7 @@ def turned(qkv: Tensor, position_ids: Tensor, theta: float, b: int, q_heads: int
     return heads.split([q_heads, kv_heads, kv_heads], 1)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(
     st.integers(1, 3),
     st.sampled_from([1, 2, 15, 16, 17, 33]),

@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.swiglu import swiglu, swiglu_backward_reference, swiglu_reference
-from tests.row_ops import DTYPES, FP32, ROWS, UNIT, WIDTHS, assert_within, check_op, each_number_of_threads, kernels_only, normal, strided
+from tests.row_ops import (
+    DTYPES,
+    FP32,
+    ROWS,
+    UNIT,
+    WIDTHS,
+    assert_within,
+    check_op,
+    each_number_of_threads,
+    examples,
+    kernels_only,
+    normal,
+    strided,
+)
 
 FLUSHED = 4e-37
 """e^88.73 is the largest number of fp32: below gate = -88.7 the kernel gives 0 where gate * sigmoid(gate) is still as large as this."""
@@ -30,7 +43,7 @@ def check(gate_up: Tensor, dy: Tensor) -> None:
     assert_within(gate_up.grad, wide.grad, torch.cat([d * bound for bound in bounds], -1), "d_gate_up")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.sampled_from(ROWS), st.sampled_from(WIDTHS), st.sampled_from(DTYPES), st.booleans(), st.sampled_from([1.0, 30.0]))
 def test_against_fp64(t, f, dtype, dense, scale):
     gate_up, dy = normal(t, 2 * f, dtype=dtype, scale=scale), normal(t, f, dtype=dtype, seed=1)

@@ -98,6 +98,32 @@ def test_steps_are_those_of_torch(max_norm, main_grads):
     assert int(optimizers[0].state[ours[2].bias]["step"]) == (8 if main_grads else 5)
 
 
+@pytest.mark.parametrize("lr", [torch.tensor(1e-2), torch.tensor([1e-2], dtype=torch.float64)])
+def test_a_rate_in_memory_is_the_number(lr):
+    """Bit for bit, under a scheduler that writes into the tensor, and through a saved state."""
+    ours, theirs = model_of(), model_of()
+    optimizers = FusedAdamW(ours.parameters(), lr=lr), FusedAdamW(theirs.parameters(), lr=float(lr))
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5) for o in optimizers]
+    for i in range(4):
+        for model, optimizer, scheduler in zip((ours, theirs), optimizers, schedulers, strict=True):
+            train(model, optimizer, range(i, i + 1))
+            scheduler.step()
+    assert parameters_equal(ours, theirs)
+    assert optimizers[0].param_groups[0]["lr"] is lr and float(lr) == optimizers[1].param_groups[0]["lr"]
+    file = io.BytesIO()
+    torch.save(optimizers[0].state_dict(), file)
+    file.seek(0)
+    resumed = FusedAdamW(ours.parameters(), lr=torch.ones(()))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for model, optimizer in ((ours, resumed), (theirs, optimizers[1])):
+        train(model, optimizer, range(4, 6))
+    assert isinstance(resumed.param_groups[0]["lr"], Tensor) and parameters_equal(ours, theirs)
+
+
+def test_a_rate_on_a_device_is_not_read():
+    FusedAdamW([nn.Parameter(torch.ones(2, device="meta"))], lr=torch.ones((), device="meta"))
+
+
 @pytest.mark.parametrize("master", ["fp32", "remainder"])
 def test_masters_keep_what_16_bits_lose(master):
     """Updates far below bf16's resolution, 200 of them, against fp32."""
@@ -326,6 +352,9 @@ def test_places():
         ({"moment_dtype": FP16}, r"moment_dtype=torch\.float16 must be"),
         ({"moment_dtype": BF16}, r"beta2=0\.999 moves a bfloat16 moment by less than it can round: lower it to 0\.99, or give a seed"),
         ({"lr": -0.1}, "lr=-0.1 must not"),
+        ({"lr": torch.tensor(-0.5)}, r"lr=-0\.5 must not"),
+        ({"lr": torch.ones(2)}, r"lr is torch\.float32 of shape \(2,\) and must be one floating-point number"),
+        ({"lr": torch.tensor(1)}, r"lr is torch\.int64 of shape \(\) and must be"),
         ({"betas": (0.9, 1.0)}, r"beta2=1\.0 must lie in \[0, 1\)"),
         ({"eps": -1.0}, "eps=-1.0 must not"),
         ({"weight_decay": float("nan")}, "weight_decay=nan must not"),
