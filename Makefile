@@ -12,10 +12,10 @@ RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(RUNTIME) ## train the demo model on this machine; extra flags in ARGS
 	$(BIN)/megapar train configs/demo.toml --nproc auto $(ARGS)
@@ -29,6 +29,9 @@ lint: $(DEV) ## ruff and mypy
 
 bench: $(RUNTIME) ## run every benchmark; flags in ARGS
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: $(DEV) ## on a GPU: every test and benchmark, report in gpu-report/ (10 minutes)
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove the venv, build products and caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

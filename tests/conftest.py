@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
+from tests.row_ops import DEVICE
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(scope="session")
