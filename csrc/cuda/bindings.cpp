@@ -56,33 +56,30 @@ void adamw_(const at::Tensor& tensors, const at::Tensor& chunks, int64_t chunk_s
 void grad_norm_chunks_(at::Tensor& partials, const at::Tensor& tensors, const at::Tensor& chunks, int64_t chunk_size, at::ScalarType grad,
                        bool count_zeros) {
   const c10::DeviceGuard guard(partials.device());
-  TORCH_CHECK_VALUE(partials.numel() == chunks.numel() / 2 * 3, "partials has shape ", partials.sizes(), " for ", chunks.numel() / 2,
-                    " chunks: give three numbers for each");
-  check(grad_norm_chunks(dtype_of(grad), data<const GradEntry>(tensors, at::kLong, 2, "tensors"), chunks_of(chunks, chunk_size), count_zeros,
+  check(grad_norm_chunks(dtype_of(grad), data<const GradEntry>(tensors, at::kLong, 3, "tensors"), chunks_of(chunks, chunk_size), count_zeros,
                          data<GradSums>(partials, at::kDouble, 3, "partials"), stream_of(partials)),
         "grad_norm");
 }
 
-void grad_norm_total_(at::Tensor& total, at::Tensor& sums, const at::Tensor& partials, const at::Tensor& spans) {
+void grad_norm_total_(at::Tensor& total, at::Tensor& sums, const at::Tensor& partials, const at::Tensor& tensors, int64_t chunk_size) {
   const c10::DeviceGuard guard(total.device());
-  const int64_t tensors = spans.numel() / 2;
-  TORCH_CHECK_VALUE(total.numel() == 3 && sums.numel() == 3 * tensors, "total has shape ", total.sizes(), " and sums ", sums.sizes(), " for ",
-                    tensors, " tensors: give three numbers, and three for each");
-  check(grad_norm_total(data<const GradSums>(partials, at::kDouble, 3, "partials"), data<const GradSpan>(spans, at::kLong, 2, "spans"),
-                        tensors, data<GradSums>(sums, at::kDouble, 3, "sums"), data<GradSums>(total, at::kDouble, 3, "total"),
-                        stream_of(total)),
+  const int64_t count = tensors.numel() / 3;
+  TORCH_CHECK_VALUE(total.numel() == 3 && sums.numel() == 3 * count, "total has shape ", total.sizes(), " and sums ", sums.sizes(), " for ",
+                    count, " tensors: give three numbers, and three for each");
+  check(grad_norm_total(data<const GradEntry>(tensors, at::kLong, 3, "tensors"), count, chunk_size,
+                        data<const GradSums>(partials, at::kDouble, 3, "partials"), data<GradSums>(sums, at::kDouble, 3, "sums"),
+                        data<GradSums>(total, at::kDouble, 3, "total"), stream_of(total)),
         "grad_norm");
 }
 
 void step_state_(at::Tensor& scalars, at::Tensor& counters, const at::Tensor& total, const at::Tensor& count, const at::Tensor& rows,
-                 const at::Tensor& betas, std::optional<double> max_norm, double growth_factor, double backoff_factor,
-                 int64_t growth_interval, int64_t hysteresis, double min_scale) {
+                 std::optional<double> max_norm, double growth_factor, double backoff_factor, int64_t growth_interval, int64_t hysteresis,
+                 double min_scale) {
   const c10::DeviceGuard guard(scalars.device());
-  TORCH_CHECK_VALUE(betas.numel() == 2 * rows.numel(), "betas has shape ", betas.sizes(), " for ", rows.numel(), " rows: give two for each");
   check(step_state(data<StepScalars>(scalars, at::kDouble, 6, "scalars"), data<StepCounter>(counters, at::kDouble, 3, "counters"),
                    data<const double>(total, at::kDouble, 3, "total"), data<const double>(count, at::kDouble, 1, "count"),
-                   data<const int64_t>(rows, at::kLong, 1, "rows"), data<const double>(betas, at::kDouble, 2, "betas"), rows.numel(),
-                   max_norm.value_or(-1), {growth_factor, backoff_factor, growth_interval, hysteresis, min_scale}, stream_of(scalars)),
+                   data<const StepRow>(rows, at::kDouble, 3, "rows"), rows.numel() / 3, max_norm.value_or(-1),
+                   {growth_factor, backoff_factor, growth_interval, hysteresis, min_scale}, stream_of(scalars)),
         "step_state");
 }
 
@@ -98,9 +95,10 @@ TORCH_LIBRARY(megapar_cuda, m) {
   m.def(
       "grad_norm_chunks_(Tensor(a!) partials, Tensor tensors, Tensor chunks, int chunk_size, ScalarType grad, bool count_zeros) -> ()",
       megapar::cuda::grad_norm_chunks_);
-  m.def("grad_norm_total_(Tensor(a!) total, Tensor(b!) sums, Tensor partials, Tensor spans) -> ()", megapar::cuda::grad_norm_total_);
+  m.def("grad_norm_total_(Tensor(a!) total, Tensor(b!) sums, Tensor partials, Tensor tensors, int chunk_size) -> ()",
+        megapar::cuda::grad_norm_total_);
   m.def(
-      "step_state_(Tensor(a!) scalars, Tensor(b!) counters, Tensor total, Tensor count, Tensor rows, Tensor betas, float? max_norm,"
+      "step_state_(Tensor(a!) scalars, Tensor(b!) counters, Tensor total, Tensor count, Tensor rows, float? max_norm,"
       " float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale) -> ()",
       megapar::cuda::step_state_);
 }

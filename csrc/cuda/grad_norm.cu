@@ -94,20 +94,22 @@ __global__ void __launch_bounds__(THREADS)
     }
   }
   sums = block_sum(sums);
-  if (threadIdx.x == 0) partials[blockIdx.x] = sums;
+  if (threadIdx.x == 0) partials[e.first + chunk.index] = sums;
 }
 
-__global__ void __launch_bounds__(THREADS) tensors_kernel(const GradSums* partials, const GradSpan* spans, GradSums* sums) {
-  const GradSpan span = spans[blockIdx.x];
+__global__ void __launch_bounds__(THREADS)
+    tensors_kernel(const GradEntry* tensors, int64_t chunk_size, const GradSums* partials, GradSums* sums) {
+  const GradEntry e = tensors[blockIdx.x];
+  const int64_t count = (e.numel + chunk_size - 1) / chunk_size;
   GradSums sum = {0, 0, 0};
-  for (int64_t i = threadIdx.x; i < span.count; i += THREADS) add(sum, partials[span.begin + i]);
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) add(sum, partials[e.first + i]);
   sum = block_sum(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-__global__ void total_kernel(const GradSums* sums, int64_t tensors, GradSums* total) {
+__global__ void total_kernel(const GradSums* sums, int64_t count, GradSums* total) {
   GradSums sum = *total;
-  for (int64_t i = 0; i < tensors; ++i) add(sum, sums[i]);
+  for (int64_t i = 0; i < count; ++i) add(sum, sums[i]);
   *total = sum;
 }
 
@@ -127,10 +129,10 @@ cudaError_t grad_norm_chunks(Dtype dtype, const GradEntry* tensors, const Chunks
   return cudaErrorInvalidValue;
 }
 
-cudaError_t grad_norm_total(const GradSums* partials, const GradSpan* spans, int64_t tensors, GradSums* sums, GradSums* total,
-                            cudaStream_t stream) {
-  const cudaError_t done = launch(tensors_kernel, tensors, THREADS, stream, partials, spans, sums);
-  return done == cudaSuccess ? launch(total_kernel, 1, 1, stream, sums, tensors, total) : done;
+cudaError_t grad_norm_total(const GradEntry* tensors, int64_t count, int64_t chunk_size, const GradSums* partials, GradSums* sums,
+                            GradSums* total, cudaStream_t stream) {
+  const cudaError_t done = launch(tensors_kernel, count, THREADS, stream, tensors, chunk_size, partials, sums);
+  return done == cudaSuccess ? launch(total_kernel, 1, 1, stream, sums, count, total) : done;
 }
 
 }  // namespace megapar::cuda

@@ -44,7 +44,7 @@ cudaError_t adamw(const AdamwDtypes& dtypes, const AdamwEntry* tensors, const Ch
 
 struct GradEntry {
   const void* data;
-  int64_t numel;
+  int64_t numel, first;  // first: where its partial sums begin, one a chunk
 };
 
 // Over a chunk, a tensor or a list: as `total` in megapar/ops/grad_norm.py.
@@ -52,21 +52,20 @@ struct GradSums {
   double squares, nonfinite, zeros;
 };
 
-// The partial sums of one tensor, in the order of its chunks.
-struct GradSpan {
-  int64_t begin, count;
-};
-
-// partials[i] = sums over chunk i.
+// partials[tensors[t].first + k] = sums over chunk k of tensor t, for the chunks of the list.
 cudaError_t grad_norm_chunks(Dtype dtype, const GradEntry* tensors, const Chunks& chunks, bool count_zeros, GradSums* partials,
                              cudaStream_t stream);
 
-// sums[i] = sums over tensor i of its partials; total += sums[0], then sums[1], ...
-cudaError_t grad_norm_total(const GradSums* partials, const GradSpan* spans, int64_t tensors, GradSums* sums, GradSums* total,
-                            cudaStream_t stream);
+// sums[t] = the partial sums of tensor t, added; total += sums[0], then sums[1], ...
+cudaError_t grad_norm_total(const GradEntry* tensors, int64_t count, int64_t chunk_size, const GradSums* partials, GradSums* sums,
+                            GradSums* total, cudaStream_t stream);
 
-// counters[rows[i]] is advanced with betas[2 i] and betas[2 i + 1]. max_norm < 0: no clipping.
-cudaError_t step_state(StepScalars* scalars, StepCounter* counters, const double* total, const double* count, const int64_t* rows,
-                       const double* betas, int64_t row_count, double max_norm, const LossScaling& scaling, cudaStream_t stream);
+struct StepRow {
+  double row, beta1, beta2;
+};
+
+// counters[rows[i].row] is advanced. max_norm < 0: no clipping.
+cudaError_t step_state(StepScalars* scalars, StepCounter* counters, const double* total, const double* count, const StepRow* rows,
+                       int64_t row_count, double max_norm, const LossScaling& scaling, cudaStream_t stream);
 
 }  // namespace megapar::cuda
