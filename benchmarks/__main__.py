@@ -18,7 +18,17 @@ import tyro
 
 from benchmarks.common import RESULTS
 
-NAMES = ("overhead", "optimizer", "linear", "row_ops", "linear_cross_entropy", "training_step", "tensor_parallel", "gpu_static", "convergence")
+NAMES = (
+    "overhead",
+    "optimizer",
+    "linear",
+    "row_ops",
+    "linear_cross_entropy",
+    "training_step",
+    "tensor_parallel",
+    "gpu_static",
+    "convergence",
+)
 PAGE = RESULTS.parent / "RESULTS.md"
 
 

@@ -14,6 +14,7 @@ NAMES = {
     torch.int32: "Int",
     torch.int16: "Short",
     torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,0 +1,65 @@
+"""What the Triton kernels do to memory, seen by the interpreter: no access outside of a tensor, no race between programs, and the bytes
+that the formula asks for. tests/ops/test_interpreted.py runs this file."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.gpu_cases import Case, Sizes, all_cases
+from megapar.ops import dispatch
+
+pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="watches Triton's interpreter: TRITON_INTERPRET=1 MEGAPAR_BACKEND=triton")
+if dispatch.INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from tests.watched import watched
+
+    @triton.jit
+    def shifted_copy(x, y, shift, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + i, tl.load(x + i + shift))
+
+    @triton.jit
+    def flag(x, values: tl.constexpr):
+        tl.store(x, tl.program_id(0) * values)
+
+
+ODD = Sizes(t=7, h=70, f=129, v=301, q_heads=2, kv_heads=1, tensors=3, numel=1025)
+EVEN = Sizes(t=64, h=1024, f=1024, v=4096, q_heads=2, kv_heads=1, tensors=2, numel=65536)
+
+
+def by_title(sizes: Sizes) -> dict[str, Case]:
+    return {case.title: case for case in all_cases(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (lambda x: shifted_copy[(4,)](x, torch.zeros(64), 1, 16), "shifted_copy reads 1 elements outside of every tensor"),
+        (lambda x: shifted_copy[(5,)](torch.zeros(80), x, 0, 16), "shifted_copy writes 16 elements outside of every tensor"),
+        (lambda x: shifted_copy[(2,)](x, x, 16, 16), "program 0 reads what program 1 writes"),
+        (lambda x: shifted_copy[(2,)](x, x, 0, 16), None),
+        (lambda x: flag[(3,)](x, 1), "programs 0 and 1 write one address"),
+        (lambda x: flag[(3,)](x, 0), None),
+    ],
+)
+def test_the_watch_sees(run: Callable[[torch.Tensor], None], told):
+    x = torch.zeros(64)
+    if told is None:
+        with watched() as seen:
+            run(x)
+        assert seen.launches == 1
+        return
+    with pytest.raises(AssertionError, match=told), watched():
+        run(x)
+
+
+@pytest.mark.parametrize("title", by_title(ODD))
+def test_inside_of_its_tensors_and_no_race(title):
+    case = by_title(ODD)[title]
+    inputs = case.make("cpu")
+    with watched() as seen:
+        case.ours(inputs)
+    assert seen.launches > 0
