@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -64,17 +65,26 @@ constexpr size_t STACK = 256 << 10;
 
 enum class Waits { no, for_warp, for_block, never };  // never: it has left the kernel
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[STACK]};
+struct Thread {
+  jmp_buf here;
   Waits waits;
   int line;
   uint32_t mask;
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline unsigned running;
+// A stack, on which one thread after the other runs, up to the first that waits. idle: where to begin again, once `begun`.
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  jmp_buf idle;
+  bool begun = false;
+};
+
+inline std::vector<Thread> threads;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline Fiber* begun;
+inline jmp_buf scheduler;
+inline std::vector<unsigned> order;
+inline unsigned started, running;
 inline const std::function<void()>* kernel;
 inline std::mt19937 shuffler{1};
 // What each lane gave to the last two shuffles of its warp: one may be read while the next is written.
@@ -86,71 +96,89 @@ inline std::vector<unsigned> shuffles;
   std::abort();
 }
 
-inline void enter() {
-  (*kernel)();
-  fibers[running].waits = Waits::never;
+// Jumps, unlike swapcontext, make no system call; a context is needed only to begin on another stack.
+inline void go(jmp_buf& there) {
+  if (_setjmp(scheduler) == 0) _longjmp(there, 1);
+}
+
+inline void fiber_main() {
+  Fiber* const me = begun;
+  _setjmp(me->idle);
+  while (started < order.size()) {
+    running = order[started++], threadIdx = {running, 0, 0};
+    (*kernel)();
+    threads[running].waits = Waits::never;
+  }
+  _longjmp(scheduler, 1);
+}
+
+inline void go(Fiber& fiber) {
+  if (fiber.begun) return go(fiber.idle);
+  fiber.begun = true, begun = &fiber;
+  static ucontext_t fresh;
+  getcontext(&fresh);
+  fresh.uc_stack.ss_sp = fiber.stack.get(), fresh.uc_stack.ss_size = STACK;
+  makecontext(&fresh, fiber_main, 0);
+  if (_setjmp(scheduler) == 0) setcontext(&fresh);
 }
 
 // Gives the processor back until the others have come here too.
 inline void wait(Waits for_what, int line, uint32_t mask) {
-  const unsigned me = running;
-  Fiber& fiber = fibers[me];
-  fiber.waits = for_what, fiber.line = line, fiber.mask = mask;
-  swapcontext(&fiber.context, &scheduler);
+  Thread& thread = threads[running];
+  thread.waits = for_what, thread.line = line, thread.mask = mask;
+  if (_setjmp(thread.here) == 0) _longjmp(scheduler, 1);
 }
 
 // Lets the threads [begin, end) go on if all of them that the mask names wait for the same.
 inline bool release(Waits for_what, unsigned begin, unsigned end) {
   unsigned waiting = 0, left = 0, named = 0, first = end;
   for (unsigned i = begin; i < end; ++i) {
-    if (fibers[i].waits == for_what && first == end) first = i;
+    if (threads[i].waits == for_what && first == end) first = i;
   }
   if (first == end) return false;
   for (unsigned i = begin; i < end; ++i) {
-    const Fiber& f = fibers[i];
-    if (for_what == Waits::for_warp && !(fibers[first].mask >> (i - begin) & 1)) continue;
+    const Thread& f = threads[i];
+    if (for_what == Waits::for_warp && !(threads[first].mask >> (i - begin) & 1)) continue;
     ++named;
     left += f.waits == Waits::never;
     if (f.waits != for_what) continue;
     ++waiting;
-    if (f.line != fibers[first].line) fail("threads wait at two barriers", fibers[first].line, f.line);
-    if (f.mask != fibers[first].mask) fail("lanes shuffle under two masks", f.line, f.line);
+    if (f.line != threads[first].line) fail("threads wait at two barriers", threads[first].line, f.line);
+    if (f.mask != threads[first].mask) fail("lanes shuffle under two masks", f.line, f.line);
   }
   if (waiting < named) {
-    if (waiting + left == named) fail("threads wait for some that have left", fibers[first].line, fibers[first].line);
+    if (waiting + left == named) fail("threads wait for some that have left", threads[first].line, threads[first].line);
     return false;
   }
   for (unsigned i = begin; i < end; ++i) {
-    if (fibers[i].waits == for_what) fibers[i].waits = Waits::no;
+    if (threads[i].waits == for_what) threads[i].waits = Waits::no;
   }
   return true;
 }
 
-inline void run_block(unsigned threads) {
+inline void run_block() {
   std::memset(__start_cuda_shared, 0xFF, __stop_cuda_shared - __start_cuda_shared);
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
-    fiber.waits = Waits::no;
-    order[i] = i;
+  const unsigned size = unsigned(order.size());
+  for (unsigned i = 0; i < size; ++i) threads[i].waits = Waits::no, shuffles[i] = 0;
+  std::shuffle(order.begin(), order.end(), shuffler);
+  started = 0;
+  for (size_t used = 0; started < size; ++used) {
+    if (used == fibers.size()) fibers.push_back(std::make_unique<Fiber>());
+    go(*fibers[used]);
   }
-  std::fill(shuffles.begin(), shuffles.end(), 0);
-  for (bool more = true; more;) {
-    more = false;
+  for (;;) {
+    bool released = release(Waits::for_block, 0, size);
+    for (unsigned begin = 0; begin < size; begin += WARP) released |= release(Waits::for_warp, begin, std::min(begin + WARP, size));
+    if (!released) break;
     std::shuffle(order.begin(), order.end(), shuffler);
     for (const unsigned i : order) {
-      if (fibers[i].waits != Waits::no) continue;
+      if (threads[i].waits != Waits::no) continue;
       running = i, threadIdx = {i, 0, 0};
-      swapcontext(&scheduler, &fibers[i].context);
-      more = true;
+      go(threads[i].here);
     }
-    for (unsigned begin = 0; begin < threads; begin += WARP) more |= release(Waits::for_warp, begin, std::min(begin + WARP, threads));
-    more |= release(Waits::for_block, 0, threads);
-    if (!more && std::any_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.waits != Waits::never; }))
-      fail("a barrier and a shuffle wait for each other", 0, 0);
+  }
+  for (unsigned i = 0; i < size; ++i) {
+    if (threads[i].waits != Waits::never) fail("a barrier and a shuffle wait for each other", threads[i].line, threads[i].line);
   }
 }
 
@@ -171,20 +199,20 @@ inline double __shfl_down_sync(unsigned mask, double value, unsigned delta, int 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   using namespace cuda_host;
-  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
-  if (blocks == 0 || threads == 0 || threads > 1024 || config->dynamicSmemBytes != 0) return cudaErrorInvalidConfiguration;
+  const unsigned blocks = config->gridDim.x, size = config->blockDim.x;
+  if (blocks == 0 || size == 0 || size > 1024 || config->dynamicSmemBytes != 0) return cudaErrorInvalidConfiguration;
   const std::function<void()> call = [=] { kernel(arguments...); };
   cuda_host::kernel = &call;
-  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
-  for (auto& lanes : given) lanes.assign(threads, 0);
-  shuffles.assign(threads, 0);
+  threads.resize(size), shuffles.resize(size), order.resize(size);
+  for (unsigned i = 0; i < size; ++i) order[i] = i;
+  for (auto& lanes : given) lanes.resize(size);
   gridDim = config->gridDim, blockDim = config->blockDim;
-  std::vector<unsigned> order(blocks);
-  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), shuffler);
-  for (const unsigned block : order) {
+  std::vector<unsigned> blocks_in_order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) blocks_in_order[i] = i;
+  std::shuffle(blocks_in_order.begin(), blocks_in_order.end(), shuffler);
+  for (const unsigned block : blocks_in_order) {
     blockIdx = {block, 0, 0};
-    run_block(threads);
+    run_block();
   }
   return cudaSuccess;
 }
