@@ -14,7 +14,7 @@ if dispatch.INTERPRETED:
     import triton
     import triton.language as tl
 
-    from tests.watched import watched
+    from tests.watched import moved, watched
 
     @triton.jit
     def shifted_copy(x, y, shift, BLOCK: tl.constexpr):
@@ -63,3 +63,26 @@ def test_inside_of_its_tensors_and_no_race(title):
     with watched() as seen:
         case.ours(inputs)
     assert seen.launches > 0
+
+
+MOVED = {
+    "swiglu": 1.0,
+    "swiglu_backward": 1.0,
+    "dropout": 1.01,
+    "cross_entropy_statistics": 1.01,
+    "cross_entropy_grad": 1.01,
+    "rms_norm, residual": 1.26,  # each row reads the gain, from cache
+    "rms_norm_backward": 1.2,  # and leaves partial sums of the gain's gradient
+    "layer_norm, residual": 1.51,
+    "layer_norm_backward": 1.3,
+    "rope_qkv": 1.5,  # each of the four heads reads the angles, from cache
+}
+"""Bytes loaded and stored, over the formula's, at the sizes EVEN."""
+
+
+@pytest.mark.parametrize("title", MOVED)
+def test_bytes_moved(title):
+    case = by_title(EVEN)[title]
+    inputs = case.make("cpu")
+    seen = moved(lambda: case.ours(inputs))
+    assert 1.0 <= (seen.loaded + seen.stored) / case.bytes <= MOVED[title]
