@@ -40,23 +40,28 @@ def inside(row, at, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def halves(x):  # type: ignore[no-untyped-def]
+    """[ROWS, 8] as two tiles [ROWS, 4]: other names for the same registers."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, 4]), (0, 2, 1)))
+
+
+@triton.jit
 def load_halves(p, row, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows `row` [ROWS] of p, in its dtype, as two tiles [ROWS, 4]; 0 where there is nothing."""
-    if p.dtype.element_ty.primitive_bitwidth == 32:
+    if p.dtype.element_ty.primitive_bitwidth == 32 or not WHOLE:
         low, high = offsets(row, 4, 0), offsets(row, 4, 4)
         a = tl.load(p + low, mask=inside(row, low, left, WHOLE), other=0)
         b = tl.load(p + high, mask=inside(row, high, left, WHOLE), other=0)
     else:
         at = offsets(row, 8, 0)
-        x = tl.load(p + at, mask=inside(row, at, left, WHOLE), other=0)
-        a, b = tl.split(tl.permute(tl.reshape(x, [row.shape[0], 2, 4]), (0, 2, 1)))
+        a, b = halves(tl.load(p + at, mask=inside(row, at, left, WHOLE), other=0))
     return a, b
 
 
 @triton.jit
 def store_halves(p, a, b, row, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The inverse."""
-    if p.dtype.element_ty.primitive_bitwidth == 32:
+    if p.dtype.element_ty.primitive_bitwidth == 32 or not WHOLE:
         low, high = offsets(row, 4, 0), offsets(row, 4, 4)
         tl.store(p + low, a, mask=inside(row, low, left, WHOLE))
         tl.store(p + high, b, mask=inside(row, high, left, WHOLE))
