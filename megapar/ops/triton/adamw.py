@@ -21,9 +21,9 @@ from torch import Tensor
 from megapar.ops.dispatch import INTERPRETED
 from megapar.ops.multi_tensor import CHUNK, adamw_tables, bump_versions, constant
 from megapar.ops.specs import Spec, check_lr_scale, check_rates
-from megapar.ops.triton.floats import round_to
+from megapar.ops.triton.floats import round_to, widen
 from megapar.ops.triton.launch import launch
-from megapar.ops.triton.multi_tensor import POINTEE, load_halves, offsets, pointer, store_halves
+from megapar.ops.triton.multi_tensor import POINTEE, load_halves, pointer, store_halves
 
 NUM_WARPS = 4
 ROWS = CHUNK // 8 if INTERPRETED else 32 * NUM_WARPS
@@ -138,12 +138,12 @@ def step_rows(
         w0, w1 = load_halves(master, row, left, WHOLE)
     else:
         w0, w1 = load_halves(weight, row, left, WHOLE)
-    w0, m0, v0 = update(g0.to(tl.float32), w0.to(tl.float32), m0.to(tl.float32), v0.to(tl.float32), coefficients)
-    w1, m1, v1 = update(g1.to(tl.float32), w1.to(tl.float32), m1.to(tl.float32), v1.to(tl.float32), coefficients)
+    w0, m0, v0 = update(widen(g0), widen(w0), widen(m0), widen(v0), coefficients)
+    w1, m1, v1 = update(widen(g1), widen(w1), widen(m1), widen(v1), coefficients)
     random0, random1 = 0, 0
     if DRAWN:
-        random0 = noise(offsets(row, 4, 0) + nothing(m0), place, key, CHUNK)
-        random1 = noise(offsets(row, 4, 4) + nothing(m1), place, key, CHUNK)
+        at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+        random0, random1 = noise(at + nothing(m0), place, key, CHUNK), noise(at + 4 + nothing(m1), place, key, CHUNK)
         store_state(exp_avg, m0, m1, random0 >> 16, random1 >> 16, row, left, WHOLE, True)
         store_state(exp_avg_sq, v0, v1, mix(random0) & 0xFFFF, mix(random1) & 0xFFFF, row, left, WHOLE, True)
     else:
@@ -191,10 +191,11 @@ def adamw_kernel(
     exp_avg_sq = pointer(entry + 4, MOMENT, ALIGNED) + start
     for i in range(0, CHUNK // 8, ROWS):
         row = i + tl.arange(0, ROWS)
-        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, True)
-    if left % 8 != 0:
-        row = left // 8 + tl.arange(0, 1)
-        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, False)
+        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, ALIGNED)
+    if ALIGNED:
+        if left % 8 != 0:
+            row = left // 8 + tl.arange(0, 1)
+            step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, False)
 
 
 def adamw_(

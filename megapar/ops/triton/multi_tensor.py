@@ -26,46 +26,39 @@ def pointer(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def offsets(row, WIDTH: tl.constexpr, half: tl.constexpr):  # type: ignore[no-untyped-def]
-    return row[:, None] * 8 + (tl.arange(0, WIDTH)[None, :] + half)
-
-
-@triton.jit
-def inside(row, at, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of the elements `at` of `row` are to be accessed, of `left` elements: of whole rows, or of the one that is not."""
-    if WHOLE:
-        return (row * 8 + 8 <= left)[:, None]
-    else:
-        return at < left
-
-
-@triton.jit
-def halves(x):  # type: ignore[no-untyped-def]
-    """[ROWS, 8] as two tiles [ROWS, 4]: other names for the same registers."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, 4]), (0, 2, 1)))
-
-
-@triton.jit
 def load_halves(p, row, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows `row` [ROWS] of p, in its dtype, as two tiles [ROWS, 4]; 0 where there is nothing."""
-    if p.dtype.element_ty.primitive_bitwidth == 32 or not WHOLE:
-        low, high = offsets(row, 4, 0), offsets(row, 4, 4)
-        a = tl.load(p + low, mask=inside(row, low, left, WHOLE), other=0)
-        b = tl.load(p + high, mask=inside(row, high, left, WHOLE), other=0)
+    """Rows `row` [ROWS] of p, of which `left` elements exist, in its dtype as two tiles [ROWS, 4]; 0 where there is nothing.
+
+    WHOLE: only rows that lie in it wholly. Else elements are accessed one by one: of the row that the end cuts, and of tensors that are
+    not aligned.
+    """
+    if WHOLE:
+        mask = row[:, None] * 8 + 8 <= left
+        if p.dtype.element_ty.primitive_bitwidth == 32:
+            at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+            a, b = tl.load(p + at, mask=mask, other=0), tl.load(p + at + 4, mask=mask, other=0)
+        else:
+            x = tl.load(p + (row[:, None] * 8 + tl.arange(0, 8)[None, :]), mask=mask, other=0)
+            a, b = tl.split(tl.permute(tl.reshape(x, [row.shape[0], 2, 4]), (0, 2, 1)))
     else:
-        at = offsets(row, 8, 0)
-        a, b = halves(tl.load(p + at, mask=inside(row, at, left, WHOLE), other=0))
+        at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+        a, b = tl.load(p + at, mask=at < left, other=0), tl.load(p + at + 4, mask=at + 4 < left, other=0)
     return a, b
 
 
 @triton.jit
 def store_halves(p, a, b, row, left, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The inverse."""
-    if p.dtype.element_ty.primitive_bitwidth == 32 or not WHOLE:
-        low, high = offsets(row, 4, 0), offsets(row, 4, 4)
-        tl.store(p + low, a, mask=inside(row, low, left, WHOLE))
-        tl.store(p + high, b, mask=inside(row, high, left, WHOLE))
+    if WHOLE:
+        mask = row[:, None] * 8 + 8 <= left
+        if p.dtype.element_ty.primitive_bitwidth == 32:
+            at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+            tl.store(p + at, a, mask=mask)
+            tl.store(p + at + 4, b, mask=mask)
+        else:
+            x = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [row.shape[0], 8])
+            tl.store(p + (row[:, None] * 8 + tl.arange(0, 8)[None, :]), x, mask=mask)
     else:
-        at = offsets(row, 8, 0)
-        x = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [row.shape[0], 8])
-        tl.store(p + at, x, mask=inside(row, at, left, WHOLE))
+        at = row[:, None] * 8 + tl.arange(0, 4)[None, :]
+        tl.store(p + at, a, mask=at < left)
+        tl.store(p + at + 4, b, mask=at + 4 < left)
