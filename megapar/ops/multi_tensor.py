@@ -184,6 +184,12 @@ def _step_state(rows: tuple[int, ...], beta1: tuple[float, ...], beta2: tuple[fl
     return upload(torch.tensor([rows, beta1, beta2], dtype=torch.float64).T.contiguous(), device)
 
 
+@functools.lru_cache(CACHED)
+def constant(value: float, device: torch.device) -> Uploaded:
+    """One float64 number."""
+    return upload(torch.tensor([value], dtype=torch.float64), device)
+
+
 def groups_of(lists: tuple[Specs, ...], chunk: int, device: torch.device) -> tuple[Group, ...]:
     """Of lists of the same length, a tensor from each in every place; a list may be empty."""
     found: dict[Any, list[int]] = {}

@@ -14,7 +14,7 @@ INTERPRET = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def widen(x):  # type: ignore[no-untyped-def]
-    """To fp32, exactly. The interpreter's own conversion takes denormal bf16 for zeros."""
+    """To fp32, exactly. The interpreter's own conversion makes 0 of a bf16 denormal: tests/ops/test_grad_norm.py::test_extremes."""
     if INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
