@@ -47,7 +47,7 @@ def cubins(request, tmp_path_factory) -> tuple[int, dict[str, tuple[Path, str]]]
 
 @needs_nvcc
 def test_nothing_in_local_memory(cubins):
-    arch, made = cubins
+    _, made = cubins
     for kernel, (_, told) in made.items():
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
