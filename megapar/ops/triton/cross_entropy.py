@@ -1,7 +1,7 @@
 """Formulas and bytes: megapar/ops/cross_entropy.py.
 
-Statistics: a program walks one row in chunks and reads each logit once. Gradient: a program takes one chunk of one row, which it alone reads
-and writes, so that it may write over the logits. CHUNK elements are 16 a thread: two 128-bit accesses of 16 bits on their way at a time.
+Statistics: a program walks one row in chunks and reads each logit once. Gradient: a program takes one chunk of one row, which it alone
+reads and writes, so that it may write over the logits. A chunk is 16 elements a thread: two 128-bit accesses of 16 bits on their way.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def cross_entropy_grad_(
 
 
 def _check_index(index: Tensor, logits: Tensor) -> Tensor:
-    """int64 [t], below v; where negative, the target is not among these logits. Values on a GPU are not looked at: that would wait for it."""
+    """int64 [t], below v; where negative, the target is not among these logits. On a GPU values are not looked at: the host would wait."""
     require(logits.dim() == 2, f"logits have shape {list(logits.shape)} and must be [t, v]: flatten them")
     t, v = logits.shape
     require(

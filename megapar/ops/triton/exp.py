@@ -1,7 +1,8 @@
 """exp for where its relative error counts.
 
 tl.exp is 2^(x log2(e)), and rounding that product alone is |x| units of the result: 20 at x = -20. Here the integer part of the product is
-split off before anything is rounded. Some ten operations, two of them of the special function unit, which kernels that read and write an element or more for each have to spare.
+split off before anything is rounded. Some ten operations, two of them of the special function unit: kernels that read an element and write
+one for each have them to spare.
 """
 
 import triton

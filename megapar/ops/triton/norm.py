@@ -1,9 +1,9 @@
 """RMSNorm, and LayerNorm where CENTRED. Formulas and bytes: megapar/ops/rms_norm.py and layer_norm.py.
 
-Forward, a program holds ROWS whole rows in registers, or walks one row that is wider than WIDEST three times (four with a mean), of which
-all but the first find it in L2. Backward, a program takes every programs-th group of ROWS rows and sums its share of dw and db in registers:
-it writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time. Rows beyond
-WIDEST_BACKWARD would spill those sums; theirs are a pass of its own over columns.
+Forward, a program holds ROWS whole rows in registers, or walks one row that is wider than WIDEST twice (three times for a mean), and finds
+it in L2 after the first. Backward, a program takes every programs-th group of ROWS rows and sums its share of dw and db in registers. It
+writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time. Rows beyond
+WIDEST_BACKWARD would spill those sums: theirs are made by columns, in a kernel of their own that reads dy and s again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megapar.ops.triton.launch import ceil_div, launch, target_of
 
 WIDEST, WIDEST_BACKWARD, CHUNK = 16384, 8192, 4096
 ROWS_A_PROGRAM, WARPS_AN_SM = 8, 16
-"""Backward: a program has at least so many rows, or its partial sums (8 bytes a column, written and read in L2) would be more than a sixth
-of the 6 bytes an element of bf16; and there are so many warps of programs on a multiprocessor, each with 16 elements of two tensors of bf16 a
-thread on their way: 32 KiB, which is about bandwidth times latency of an A100 or H100 divided by its multiprocessors."""
+"""Backward: a program has at least so many rows, so that its partial sums (8 bytes a column, written and read) are at most a sixth of the 6
+bytes an element of bf16. And a multiprocessor has so many warps of programs, with 16 elements of two tensors of bf16 a thread on their way:
+32 KiB, about the bandwidth of an A100 or H100 times 1 us, divided by its multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Tile:
 
 
 def tile(h: int) -> Tile:
-    """For rows of h that are held: powers of two, 16 elements a thread (8 below 2048 columns, 32 in the widest): whole 128-bit accesses of 16
-    bits, and 16 warps at most, so that a barrier stops few of them. 512 is left out, to compile less: its rows use half of 1024."""
+    """For rows of h that are held: powers of two, 16 elements a thread (8 below 2048 columns, 32 in the widest), which are whole 128-bit
+    accesses of 16 bits, and 16 warps at most. 512 is left out, to compile less: such rows use half of 1024."""
     block = 256 if h <= 256 else max(triton.next_power_of_2(h), 1024)
     return Tile(1024 // block if block < 1024 else 1, block, min(max(block // 512, 4), 16))
 
@@ -327,6 +327,6 @@ def backward(
     else:
         options = {"CENTRED": centred, "ROWS": shape.rows, "BLOCK": shape.block, "num_warps": shape.num_warps}
         launch(norm_backward_kernel, (count,), dy, ds, s, weight, mean, rstd, dx, partial, t, h, **options)
-    columns = ceil_div(h, 128)
-    launch(sum_partials_kernel, (columns, 2 if centred else 1), partial, dw, db, count, h, CENTRED=centred, ROWS=16, BLOCK=128, num_warps=4)
+    options = {"CENTRED": centred, "ROWS": 8 if wide else 16, "BLOCK": 512 if wide else 128, "num_warps": 8 if wide else 4}
+    launch(sum_partials_kernel, (ceil_div(h, options["BLOCK"]), 2 if centred else 1), partial, dw, db, count, h, **options)
     return dx, dw, db
