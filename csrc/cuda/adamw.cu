@@ -50,8 +50,9 @@ __device__ inline T rounded(float x, uint32_t random) {
     return round_to<T>(x);
 }
 
+// Three blocks a multiprocessor, two with noise, whose registers would spill on sm_100: tests/cuda_host/test_nvcc.py.
 template <class Weight, class Grad, class Master, class Moment, bool STOCHASTIC>
-__global__ void __launch_bounds__(THREADS, 3)
+__global__ void __launch_bounds__(THREADS, STOCHASTIC ? 2 : 3)
     adamw_kernel(const AdamwEntry* tensors, const Chunk* chunks, int64_t chunk_size, const StepScalars* scalars,
                  const StepCounter* counters, const double* lr_scale, AdamwOptions options, uint64_t seed) {
   constexpr bool SPLIT = std::is_same_v<Master, int16_t>, WIDE = std::is_same_v<Master, float>;

@@ -16,8 +16,8 @@ TRITON = importlib.util.find_spec("triton")
 ARCHITECTURES = (75, 80, 90, 100)
 WARNINGS = ["-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-# As csrc/cuda/adamw.cu: registers that leave a multiprocessor's 65536 to three blocks of 256 threads.
-MOST_REGISTERS = 80
+# Registers that leave a multiprocessor's 65536 to two blocks of 256 threads; csrc/cuda/adamw.cu asks for three where it draws no noise.
+MOST_REGISTERS = 128
 
 
 def tool(name: str) -> str | None:
