@@ -65,7 +65,7 @@ def mutated(folder: Path, objects: list[Path], file: str, kernel: str, right: st
     assert text.count(right) == 1, right
     source.write_text(text.replace(right, wrong))
     changed = folder / f"{kernel}.o"
-    host.compile_file(source.with_name(f"{kernel}.cu"), changed, "-O0")
+    host.compile_file(source.with_name(f"{kernel}.cu"), changed)
     return host.link([*(x for x in objects if x.name != changed.name), changed], folder / "cuda_host.so")
 
 
