@@ -12,7 +12,7 @@ RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench gpu-check clean
+.PHONY: help train test lint bench gpu-check check-cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench: $(RUNTIME) ## run every benchmark; flags in ARGS
 
 gpu-check: $(DEV) ## on a GPU: every test and benchmark, report in gpu-report/ (10 minutes)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+check-cuda-build: ## with nvcc, no GPU: build and import the CUDA kernels against a torch that has CUDA
+	PYTHON=$(PYTHON) .ci/check-cuda-build
 
 clean: ## remove the venv, build products and caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,8 +50,9 @@ __device__ inline T rounded(float x, uint32_t random) {
     return round_to<T>(x);
 }
 
+// Three blocks a multiprocessor, two with noise, whose registers would spill on sm_100: tests/cuda_host/test_nvcc.py.
 template <class Weight, class Grad, class Master, class Moment, bool STOCHASTIC>
-__global__ void __launch_bounds__(THREADS, 3)
+__global__ void __launch_bounds__(THREADS, STOCHASTIC ? 2 : 3)
     adamw_kernel(const AdamwEntry* tensors, const Chunk* chunks, int64_t chunk_size, const StepScalars* scalars,
                  const StepCounter* counters, const double* lr_scale, AdamwOptions options, uint64_t seed) {
   constexpr bool SPLIT = std::is_same_v<Master, int16_t>, WIDE = std::is_same_v<Master, float>;
@@ -63,11 +64,13 @@ __global__ void __launch_bounds__(THREADS, 3)
   const Coefficients c = coefficients_of(options, *scalars, counter, lr_scale == nullptr ? 1.0 : *lr_scale);
   const uint64_t key = STOCHASTIC ? noise_key(seed, uint64_t(counter.step), uint64_t(e.id)) : 0;
 
-  Weight* const weight = static_cast<Weight*>(e.weight);
-  const Grad* const grad = static_cast<const Grad*>(e.grad);
-  Moment *const exp_avg = static_cast<Moment*>(e.exp_avg), *const exp_avg_sq = static_cast<Moment*>(e.exp_avg_sq);
+  Weight* const weight = global(static_cast<Weight*>(e.weight));
+  const Grad* const grad = global(static_cast<const Grad*>(e.grad));
+  Master* const master = SPLIT || WIDE ? global(static_cast<Master*>(e.master)) : nullptr;
+  Moment* const exp_avg = global(static_cast<Moment*>(e.exp_avg));
+  Moment* const exp_avg_sq = global(static_cast<Moment*>(e.exp_avg_sq));
   const bool vectors = aligned(reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(grad) |
-                               reinterpret_cast<uintptr_t>(e.master) | reinterpret_cast<uintptr_t>(exp_avg) |
+                               reinterpret_cast<uintptr_t>(master) | reinterpret_cast<uintptr_t>(exp_avg) |
                                reinterpret_cast<uintptr_t>(exp_avg_sq));
 
   const int64_t begin = chunk.index * chunk_size, end = begin + chunk_size < e.numel ? begin + chunk_size : e.numel;
@@ -83,10 +86,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     load(m_kept, exp_avg, at);
     load(v_kept, exp_avg_sq, at);
     if constexpr (WIDE) {
-      load(w, static_cast<const float*>(e.master), at);
+      load(w, master, at);
     } else {
-      load(w16, static_cast<const Weight*>(weight), at);
-      if constexpr (SPLIT) load(remainder, static_cast<const int16_t*>(e.master), at);
+      load(w16, weight, at);
+      if constexpr (SPLIT) load(remainder, master, at);
     }
     uint32_t random[VECTOR] = {};
     if constexpr (STOCHASTIC) draw(random, e, i, key);
@@ -110,8 +113,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     store(exp_avg, m_kept, at);
     store(exp_avg_sq, v_kept, at);
     store(weight, w16, at);
-    if constexpr (WIDE) store(static_cast<float*>(e.master), w, at);
-    if constexpr (SPLIT) store(static_cast<int16_t*>(e.master), remainder, at);
+    if constexpr (WIDE) store(master, w, at);
+    if constexpr (SPLIT) store(master, remainder, at);
   }
 }
 

@@ -1,5 +1,5 @@
-// The launchers as torch ops of the namespace megapar_cuda, for megapar/ops/cuda.py, which checks tensors and builds the tables. This is the
-// only file of csrc/cuda that knows torch; importing megapar._CUDA runs its registration.
+// The launchers as torch ops of the namespace megapar_cuda, for megapar/ops/cuda.py, which checks tensors and builds the tables. The only
+// file of csrc/cuda that knows torch; importing megapar._CUDA runs its registration.
 
 #include <Python.h>
 #include <c10/core/DeviceGuard.h>
@@ -56,8 +56,8 @@ void adamw_(const at::Tensor& tensors, const at::Tensor& chunks, int64_t chunk_s
 void grad_norm_chunks_(at::Tensor& partials, const at::Tensor& tensors, const at::Tensor& chunks, int64_t chunk_size, at::ScalarType grad,
                        bool count_zeros) {
   const c10::DeviceGuard guard(partials.device());
-  check(grad_norm_chunks(dtype_of(grad), data<const GradEntry>(tensors, at::kLong, 3, "tensors"), chunks_of(chunks, chunk_size), count_zeros,
-                         data<GradSums>(partials, at::kDouble, 3, "partials"), stream_of(partials)),
+  check(grad_norm_chunks(dtype_of(grad), data<const GradEntry>(tensors, at::kLong, 3, "tensors"), chunks_of(chunks, chunk_size),
+                         count_zeros, data<GradSums>(partials, at::kDouble, 3, "partials"), stream_of(partials)),
         "grad_norm");
 }
 

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS)
   constexpr int VECTOR = sizeof(uint4) / sizeof(T), STEP = THREADS * VECTOR;
   const Chunk chunk = chunks[blockIdx.x];
   const GradEntry e = tensors[chunk.tensor];
-  const T* const data = static_cast<const T*>(e.data);
+  const T* const data = global(static_cast<const T*>(e.data));
   const bool vectors = aligned(reinterpret_cast<uintptr_t>(data));
   const int64_t begin = chunk.index * chunk_size, end = begin + chunk_size < e.numel ? begin + chunk_size : e.numel;
   GradSums sums = {0, 0, 0};

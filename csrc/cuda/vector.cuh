@@ -21,6 +21,13 @@ struct Place {
 // True where every one of the pointers (or-ed together) is a multiple of 16.
 __device__ inline bool aligned(uintptr_t pointers) { return pointers % sizeof(uint4) == 0; }
 
+// A pointer that was read from memory, of which the compiler cannot know that it is none to shared memory.
+template <class T>
+__device__ inline T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // What does not exist is 0.
 template <int VECTOR, class T>
 __device__ inline void load(T (&x)[VECTOR], const T* data, const Place& at) {

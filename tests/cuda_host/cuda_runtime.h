@@ -25,6 +25,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __builtin_assume(condition) ((void)(condition))
 // Kernels are in anonymous namespaces, so all of it is in one place: the linker names its ends.
 #define __shared__ static __attribute__((section("cuda_shared")))
 extern char __start_cuda_shared[], __stop_cuda_shared[];
@@ -57,6 +58,8 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
+
+inline bool __isGlobal(const void*) { return true; }
 
 namespace cuda_host {
 

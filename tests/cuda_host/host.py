@@ -22,14 +22,14 @@ CHECKS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *CHECKS]
 
 
-def compile_file(source: Path, target: Path) -> None:
-    """An object file. Raises RuntimeError with what the compiler says."""
+def compile_file(source: Path, target: Path, *more: str) -> None:
+    """An object file; `more` flags. Raises RuntimeError with what the compiler says."""
     assert COMPILER is not None
     torch_headers = Path(torch.__file__).parent / "include"
     # The bindings hold no kernel and wait for no one: what costs time is to compile torch's headers.
     flags = [*FLAGS, "-Werror"] if source.suffix == ".cu" else ["-std=c++20", "-O0", "-fPIC", "-isystem", str(torch_headers)]
     includes = [f"-I{HOST}", "-isystem", sysconfig.get_paths()["include"]]
-    command = [COMPILER, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
+    command = [COMPILER, *flags, *more, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
