@@ -1,7 +1,7 @@
 """Which tile of C a program of a GEMM takes: a pure function of shape, dtype, epilogue and device, so that a choice can be tested anywhere.
 
-Of the tiles that fit, the one whose waves take the fewest cycles for each step along K: the larger of what the tensor cores take for m n
-products and what the L2 cache takes for m + n numbers, times the tiles that the busiest multiprocessor gets. Computed, not measured.
+Of the tiles that fit, the one whose waves take the fewest cycles for each number along K: what the tensor cores take for m n products and
+the L2 cache for m + n numbers, as if neither hid the other, times the tiles of the busiest multiprocessor. Computed, not measured.
 
 What bounds a tile:
 
@@ -104,8 +104,8 @@ def stage_bytes(m: int, n: int, k: int, dtype: torch.dtype, epilogue: Epilogue) 
 
 
 def cycles(tile: Tile, rows: int, columns: int, dtype: torch.dtype, target: Target, epilogue: Epilogue) -> float:
-    """Of the busiest multiprocessor, for each step along K."""
+    """Of the busiest multiprocessor, for each number along K."""
     tiles = ceil_div(rows, tile.m) * ceil_div(columns, tile.n)
     n = tile.n * epilogue.accumulators
     flops = FLOPS[max((arch for arch in FLOPS if arch <= target.arch), default=75)]
-    return ceil_div(tiles, target.sms) * max(2 * tile.m * n / flops, (tile.m + n) * dtype.itemsize / L2_BYTES)
+    return ceil_div(tiles, target.sms) * (2 * tile.m * n / flops + (tile.m + n) * dtype.itemsize / L2_BYTES)
