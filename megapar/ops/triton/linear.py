@@ -17,7 +17,7 @@ from megapar.ops.triton.launch import ceil_div, launch, target_of
 from megapar.ops.triton.linear_bias_grad import linear_bias_grad_
 from megapar.ops.triton.linear_weight_grad import linear_weight_grad_
 from megapar.ops.triton.rows import rows, stride, with_last
-from megapar.ops.triton.tiles import Tile, choose
+from megapar.ops.triton.tiles import PLAIN, SLOPE, SWIGLU, SWIGLU_SLOPE, Tile, choose
 
 __all__ = ["linear", "linear_bias_grad_", "linear_input_grad", "linear_weight_grad_"]
 
@@ -124,7 +124,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
     flat, n = rows(x), out // 2 if pair else out
     y, z = x.new_empty(with_last(x, n)), x.new_empty(with_last(x, out) if save else (0,))
     t = flat.shape[0]
-    tile = choose(t, n, x.dtype, target_of(x.device), "pair" if pair else "plain")
+    tile = choose(t, n, x.dtype, target_of(x.device), SWIGLU if pair else PLAIN)
     args = (flat, weight, bias, y, z if save else None, t, n, k, stride(flat), 1)
     launch(linear_kernel, _grid(t, n, tile), *args, ACTIVATION=activation, **tile.options())
     return y, z
@@ -142,7 +142,7 @@ def linear_input_grad(dy: Tensor, weight: Tensor, z: Tensor | None, activation: 
         f"z must be {t} rows of {wide} in the dtype of dy: pass the pre-activation that forward saved",
     )
     dx = dy.new_empty(with_last(dy, wide))
-    tile = choose(t, n, dy.dtype, target_of(dy.device), "plain" if z is None else "reads")
+    tile = choose(t, n, dy.dtype, target_of(dy.device), {"none": PLAIN, "swiglu": SWIGLU_SLOPE}.get(activation, SLOPE))
     args = (flat, weight, None if z is None else z.contiguous(), dx, t, n, k, stride(flat), 1)
     launch(linear_input_grad_kernel, _grid(t, n, tile), *args, ACTIVATION=activation, **tile.options())
     return dx

@@ -16,7 +16,7 @@ from megapar.ops.triton.floats import load, round_to, widen
 from megapar.ops.triton.gemm import place, product
 from megapar.ops.triton.launch import ceil_div, launch, target_of
 from megapar.ops.triton.rows import rows, stride
-from megapar.ops.triton.tiles import choose
+from megapar.ops.triton.tiles import ACCUMULATE, PLAIN, choose
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -39,7 +39,7 @@ def linear_weight_grad_kernel(  # type: ignore[no-untyped-def]
     if non_finite is not None:
         # Every program that finds one stores the same 1: which of them comes last does not matter.
         finite = tl.abs(widen(result)) < float("inf")
-        found = tl.max(tl.max((mask & ~finite).to(tl.int32), 1), 0)
+        found = tl.max((mask & ~finite).to(tl.int32))
         tl.store(non_finite, 1.0, mask=found > 0)
 
 
@@ -59,7 +59,7 @@ def linear_weight_grad_(
         non_finite is None or _is_number(non_finite, dy),
         "non_finite must be one float32 number beside dy, which becomes 1: convert it",
     )
-    tile = choose(m, n, dy.dtype, target_of(dy.device), "plain" if beta == 0 and target.dtype == dy.dtype else "reads")
+    tile = choose(m, n, dy.dtype, target_of(dy.device), PLAIN if beta == 0 else ACCUMULATE)
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n),)
     args = (flat_dy, flat_x, target, scale, non_finite, t, m, n, stride(flat_dy), stride(flat_x), 1, float(alpha), float(beta))
     launch(linear_weight_grad_kernel, grid, *args, ACCUMULATE=beta != 0, **tile.options())
