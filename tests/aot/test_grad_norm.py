@@ -23,7 +23,7 @@ CALLS = {name: lambda case=case: norm(DTYPES[case[0]], zeros=case[1]) for name, 
 
 
 def check(call, arch):
-    name, zeros = next(CASES[name] for name in CALLS if CALLS[name] is call)
+    name, _ = next(CASES[name] for name in CALLS if CALLS[name] is call)
     kernels = compiled(call, arch)
     assert [kernel.name for kernel in kernels] == ["sums_kernel", "tensors_kernel", "total_kernel"]
     for kernel in kernels:

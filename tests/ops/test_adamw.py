@@ -21,7 +21,8 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weigh
 KINDS = [(F32, None), (BF16, None), (FP16, None), (BF16, F32), (FP16, F32), (BF16, INT16)]
 TINY = 2.0**-125
 # The interpreter takes its time for each chunk, of 4096.
-EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000, *([4095, 4096, 4097, 12289] if dispatch.INTERPRETED else [65535, 65536, 65537])]
+EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000]
+EDGES += [4095, 4096, 4097, 12289] if dispatch.INTERPRETED else [65535, 65536, 65537]
 
 
 @dataclass
