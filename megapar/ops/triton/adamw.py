@@ -61,8 +61,8 @@ def noise(at, place, key, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def nothing(x):  # type: ignore[no-untyped-def]
-    """0 for each element of fp32 x, laid out as x is. Without it the compiler lays the noise out as it likes, and where it meets the moments
-    converts it through shared memory. That this is 0 is found, and the instructions taken away, after layouts have been chosen."""
+    """0 for each element of fp32 x, laid out as x is. Without it the compiler lays the noise out as it likes, and converts it through
+    shared memory where it meets the moments. That this is 0 is found, and the instructions taken away, after layouts have been chosen."""
     return ((x.to(tl.uint32, bitcast=True) >> 16) >> 16).to(tl.int32)
 
 
@@ -123,18 +123,18 @@ def store_state(p, a, b, random_a, random_b, row, left, WHOLE: tl.constexpr, DRA
 
 
 @triton.jit
-def step_rows(
-    weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER: tl.constexpr, DRAWN: tl.constexpr,
+def step_rows(  # type: ignore[no-untyped-def]
+    weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, master_dtype: tl.constexpr, DRAWN: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     g0, g1 = load_halves(grad, row, left, WHOLE)
     m0, m1 = load_halves(exp_avg, row, left, WHOLE)
     v0, v1 = load_halves(exp_avg_sq, row, left, WHOLE)
-    if MASTER == tl.uint16:
+    if master_dtype == tl.uint16:
         high0, high1 = load_halves(weight, row, left, WHOLE)
         low0, low1 = load_halves(master, row, left, WHOLE)
         w0, w1 = join_remainder(high0, low0), join_remainder(high1, low1)
-    elif MASTER == tl.float32:
+    elif master_dtype == tl.float32:
         w0, w1 = load_halves(master, row, left, WHOLE)
     else:
         w0, w1 = load_halves(weight, row, left, WHOLE)
@@ -149,10 +149,10 @@ def step_rows(
     else:
         store_state(exp_avg, m0, m1, 0, 0, row, left, WHOLE, False)
         store_state(exp_avg_sq, v0, v1, 0, 0, row, left, WHOLE, False)
-    if MASTER == tl.uint16:
+    if master_dtype == tl.uint16:
         store_halves(weight, upper(w0), upper(w1), row, left, WHOLE)
         store_halves(master, lower(w0), lower(w1), row, left, WHOLE)
-    elif MASTER == tl.float32:
+    elif master_dtype == tl.float32:
         store_halves(master, w0, w1, row, left, WHOLE)
         store_state(weight, w0, w1, 0, 0, row, left, WHOLE, False)
     else:
@@ -160,11 +160,11 @@ def step_rows(
 
 
 @triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["scalars", "counters", "lr_scale"])
-def adamw_kernel(
+def adamw_kernel(  # type: ignore[no-untyped-def]
     table, chunks, scalars, counters, lr_scale, lr: tl.float64, weight_decay: tl.float64, rate1, rate2, eps, l2, seed: tl.int64,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr, MOMENT: tl.constexpr, ALIGNED: tl.constexpr, DRAWN: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    weight_dtype: tl.constexpr, grad_dtype: tl.constexpr, master_dtype: tl.constexpr, moment_dtype: tl.constexpr,
+    ALIGNED: tl.constexpr, DRAWN: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     if tl.load(scalars + 2) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
@@ -182,20 +182,19 @@ def adamw_kernel(
         place = place_of(entry, start, CHUNK)
         key = mix64(seed.to(tl.uint64) + 0x9E3779B97F4A7C15) + tl.load(counter).to(tl.int64).to(tl.uint64)
         key = mix64(mix64(key) + tl.load(entry + 7).to(tl.uint64))
-    weight = pointer(entry, WEIGHT, ALIGNED) + start
-    grad = pointer(entry + 1, GRAD, ALIGNED) + start
+    weight = pointer(entry, weight_dtype, ALIGNED) + start
+    grad = pointer(entry + 1, grad_dtype, ALIGNED) + start
     master = weight
-    if MASTER is not None:
-        master = pointer(entry + 2, MASTER, ALIGNED) + start
-    exp_avg = pointer(entry + 3, MOMENT, ALIGNED) + start
-    exp_avg_sq = pointer(entry + 4, MOMENT, ALIGNED) + start
+    if master_dtype is not None:
+        master = pointer(entry + 2, master_dtype, ALIGNED) + start
+    exp_avg = pointer(entry + 3, moment_dtype, ALIGNED) + start
+    exp_avg_sq = pointer(entry + 4, moment_dtype, ALIGNED) + start
     for i in range(0, CHUNK // 8, ROWS):
         row = i + tl.arange(0, ROWS)
-        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, ALIGNED)
-    if ALIGNED:
-        if left % 8 != 0:
-            row = left // 8 + tl.arange(0, 1)
-            step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, MASTER, DRAWN, CHUNK, False)
+        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, master_dtype, DRAWN, CHUNK, ALIGNED)
+    if ALIGNED and left % 8 != 0:
+        row = left // 8 + tl.arange(0, 1)
+        step_rows(weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, master_dtype, DRAWN, CHUNK, False)
 
 
 def adamw_(
@@ -232,7 +231,8 @@ def adamw_(
         chunks = group.chunks.on_this_stream()
         launch(
             adamw_kernel, (len(chunks),), tables.table.on_this_stream(), chunks, scalars, counters, lr_scale, *numbers,
-            WEIGHT=tl.uint16 if master is tl.uint16 else weight, GRAD=grad, MASTER=master, MOMENT=moment, ALIGNED=group.aligned,
+            weight_dtype=tl.uint16 if master is tl.uint16 else weight, grad_dtype=grad, master_dtype=master, moment_dtype=moment,
+            ALIGNED=group.aligned,
             DRAWN=seed is not None and torch.bfloat16 in (group.dtypes[3], None if master else group.dtypes[0]),
             CHUNK=CHUNK, ROWS=ROWS, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,10 +43,9 @@ def chunk_squares(p, left, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.
         a, b = load_halves(p, i + tl.arange(0, ROWS), left, ALIGNED)
         squares += row_squares(widen(a), widen(b), WIDE)
     total = tl.sum(squares)
-    if ALIGNED:
-        if left % 8 != 0:
-            a, b = load_halves(p, left // 8 + tl.arange(0, 1), left, False)
-            total += tl.sum(row_squares(widen(a), widen(b), WIDE))
+    if ALIGNED and left % 8 != 0:
+        a, b = load_halves(p, left // 8 + tl.arange(0, 1), left, False)
+        total += tl.sum(row_squares(widen(a), widen(b), WIDE))
     return total
 
 
@@ -60,11 +58,12 @@ def count(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_counts(
+def store_counts(  # type: ignore[no-untyped-def]
     out, p, left, ZEROS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     # What is not in the chunk was loaded as zeros.
-    nonfinite, zeros, padding = 0, 0, CHUNK - left
+    nonfinite = left * 0
+    zeros, padding = nonfinite, CHUNK - left
     for i in range(0, CHUNK // 8, ROWS):
         a, b = load_halves(p, i + tl.arange(0, ROWS), left, ALIGNED)
         more_nonfinite, more_zeros = count(widen(a), widen(b))
@@ -84,20 +83,21 @@ def store_counts(
 
 
 @triton.jit
-def sums_kernel(
-    table, chunks, partials, GRAD: tl.constexpr, ALIGNED: tl.constexpr, COUNT_ZEROS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def sums_kernel(  # type: ignore[no-untyped-def]
+    table, chunks, partials, grad_dtype: tl.constexpr, ALIGNED: tl.constexpr, COUNT_ZEROS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(chunks + 2 * program).to(tl.int64) * 3
     chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
     left = tl.minimum(tl.load(entry + 1) - chunk * CHUNK, CHUNK).to(tl.int32)
-    p = pointer(entry, GRAD, ALIGNED) + chunk * CHUNK
+    p = pointer(entry, grad_dtype, ALIGNED) + chunk * CHUNK
     out = partials + (tl.load(entry + 2) + chunk) * 3
-    squares = chunk_squares(p, left, ALIGNED, CHUNK, ROWS, GRAD == tl.float32)
-    if GRAD != tl.float32:
-        # Each square that underflows loses less than 2^-126, all of them 2^-24 of what is left alone here; one that overflows is infinite.
-        if not (squares > 8.077935669463161e-28) & (squares < 1.329227995784916e36):  # 2^-90, 2^120
-            squares = chunk_squares(p, left, ALIGNED, CHUNK, ROWS, True)
+    squares = chunk_squares(p, left, ALIGNED, CHUNK, ROWS, grad_dtype == tl.float32)
+    # Each square that underflows loses less than 2^-126, all of them 2^-22 of what is left alone here; one that overflows is infinite.
+    # The bounds are 2^-90 and 2^120.
+    if grad_dtype != tl.float32 and not ((squares > 8.077935669463161e-28) & (squares < 1.329227995784916e36)):
+        squares = chunk_squares(p, left, ALIGNED, CHUNK, ROWS, True)
     tl.store(out, squares)
     if COUNT_ZEROS:
         store_counts(out, p, left, True, ALIGNED, CHUNK, ROWS)
@@ -150,7 +150,7 @@ def grad_norm_(total: Tensor, grads: Sequence[Tensor], count_zeros: bool = False
         assert dtype is not None
         launch(
             sums_kernel, (len(chunks),), table, chunks, found,
-            GRAD=POINTEE[dtype], ALIGNED=group.aligned, COUNT_ZEROS=count_zeros, CHUNK=NORM_CHUNK, ROWS=ROWS, num_warps=NUM_WARPS,
+            grad_dtype=POINTEE[dtype], ALIGNED=group.aligned, COUNT_ZEROS=count_zeros, CHUNK=NORM_CHUNK, ROWS=ROWS, num_warps=NUM_WARPS,
         )  # fmt: skip
     launch(tensors_kernel, (len(grads),), table, found, sums, CHUNK=NORM_CHUNK, LANES=LANES, num_warps=4)
     launch(total_kernel, (1,), sums, total, len(grads), UNROLL=UNROLL, num_warps=1)

@@ -42,10 +42,10 @@ def complement_of_power(beta, step):  # type: ignore[no-untyped-def]
     do_not_specialize=["n", "growth_interval", "hysteresis"],
     do_not_specialize_on_alignment=["scalars", "counters", "total", "count"],
 )
-def step_state_kernel(
+def step_state_kernel(  # type: ignore[no-untyped-def]
     table, scalars, counters, total, count, n, max_norm: tl.float64, growth_factor: tl.float64, backoff_factor: tl.float64,
     growth_interval: tl.int64, hysteresis: tl.int64, min_scale: tl.float64, LANES: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     squares, loss_scale = tl.load(total), tl.load(scalars + 3)
     skip = (tl.load(total + 1) > 0) | (not finite(squares))
     scale = 1.0 / (loss_scale * tl.load(count))
