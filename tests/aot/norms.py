@@ -38,8 +38,8 @@ def check(kernel_calls: dict[str, Call], call: Call, arch: int) -> None:
         if kernel.name != "sum_partials_kernel" and not odd:
             wide = kernel.count(r"LDG.*\.128"), kernel.count(r"STG.*\.128")
             narrow = kernel.count("LDG") - wide[0], kernel.count("STG") - wide[1]
-            # Mean and rstd; the weight and the sums of 256 columns leave 128 threads with two each.
-            assert min(wide) >= 1 and narrow[0] <= 3 and narrow[1] <= 2, f"{kernel.name} for sm_{arch}: {kernel.instructions}"
+            # Mean and rstd, of two rows a thread in the tile of 256 columns, which also leaves 128 threads with two of the weight and sums.
+            assert min(wide) >= 1 and narrow[0] <= 5 and narrow[1] <= 2, f"{kernel.name} for sm_{arch}: {kernel.instructions}"
 
 
 def aspects(launch: Launch) -> list[tuple[Any, ...]]:

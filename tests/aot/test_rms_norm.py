@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapar.ops.triton.norm import WARPS_AN_SM, WIDEST, WIDEST_BACKWARD, programs, tile
+from megapar.ops.triton.norm import WIDEST, tile
+from megapar.ops.triton.norm_backward import WARPS_AN_SM, WIDEST_BACKWARD, programs
 from megapar.ops.triton.rms_norm import rms_norm, rms_norm_backward
 from tests.aot.common import every_config
 from tests.aot.norms import BF16, FP16, FP32, assert_covered, calls, check, tensors

@@ -1,10 +1,11 @@
-"""Formula and bytes: megapar/ops/layer_norm.py. Kernels and tiles: megapar/ops/triton/norm.py."""
+"""Formula and bytes: megapar/ops/layer_norm.py. Kernels and tiles: norm.py and norm_backward.py."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from megapar.ops.triton.norm import backward, forward
+from megapar.ops.triton.norm import forward
+from megapar.ops.triton.norm_backward import backward
 
 
 def layer_norm(
