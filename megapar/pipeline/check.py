@@ -43,7 +43,7 @@ def replay(schedule: Schedule) -> Iterator[Place]:
     """
     ranks, at = schedule.ranks, [0] * len(schedule.ranks)
     needs, happened = dependencies(schedule), set[Event]()
-    waiting: dict[Event, int] = {}
+    waiting: dict[Event, list[int]] = {}
     awake = list(range(len(ranks)))[::-1]
     while awake:
         rank = awake.pop()
@@ -54,22 +54,21 @@ def replay(schedule: Schedule) -> Iterator[Place]:
                 _happen(("post " + action.kind, action.stage, action.microbatch), happened, waiting, awake)
             missing = next((event for event in needs(action) if event not in happened), None)
             if missing is not None:
-                waiting[missing] = rank
+                waiting.setdefault(missing, []).append(rank)
                 break
             yield rank, at[rank]
             at[rank] += 1
             _happen(("I" if action.kind == "B" else action.kind, action.stage, action.microbatch), happened, waiting, awake)
     stuck = [(rank, index) for rank, index in enumerate(at) if index < len(ranks[rank])]
     if stuck:
-        waits = {rank: event for event, rank in waiting.items()}
+        waits = {rank: event for event, sleepers in waiting.items() for rank in sleepers}
         words = "; ".join(f"rank {rank} at {ranks[rank][index]} waits for {_said(waits[rank])}" for rank, index in stuck)
         raise ValueError(marked(f"deadlock: {words}", ranks, stuck))
 
 
-def _happen(event: Event, happened: set[Event], waiting: dict[Event, int], awake: list[int]) -> None:
+def _happen(event: Event, happened: set[Event], waiting: dict[Event, list[int]], awake: list[int]) -> None:
     happened.add(event)
-    if event in waiting:
-        awake.append(waiting.pop(event))
+    awake += waiting.pop(event, [])
 
 
 def _said(event: Event) -> str:
@@ -134,22 +133,23 @@ def _check_once(schedule: Schedule) -> None:
             raise ValueError(marked(f"{action} has no place in the schedule: {why}", schedule.ranks, [place]))
 
 
-def _expected(schedule: Schedule, places: Collection[Action]) -> set[Action]:
+def _expected(schedule: Schedule, places: Collection[Action]) -> dict[Action, None]:
     """All but the sharding actions that a schedule with these actions must have."""
     ranks, last = schedule.stage_to_rank, schedule.stages - 1
-    trains, communicates = schedule.has(("B", "I", "W")), schedule.has(SENDS + RECEIVES)
-    expected = set()
+    trains, communicates, microbatches = schedule.has(("B", "I", "W")), schedule.has(SENDS + RECEIVES), schedule.microbatches
+    usual = ("B",) if schedule.has("B") else ("I", "W")
+    expected: list[Action] = []
     for stage in range(schedule.stages):
-        for m in range(schedule.microbatches):
-            expected.add(Action("F", stage, m))
+        for m in range(microbatches):
+            expected.append(Action("F", stage, m))
             if trains:
-                kinds = ("B",) if Action("B", stage, m) in places else ("I", "W")
-                expected.update(Action(kind, stage, m) for kind in kinds)
+                b, i, w = (Action(kind, stage, m) for kind in "BIW")
+                expected += [b] if b in places else [i, w] if i in places or w in places else [Action(k, stage, m) for k in usual]
             if communicates and stage < last and ranks[stage] != ranks[stage + 1]:
-                expected.update((Action("SEND_F", stage, m), Action("RECV_F", stage + 1, m)))
+                expected += [Action("SEND_F", stage, m), Action("RECV_F", stage + 1, m)]
                 if trains:
-                    expected.update((Action("SEND_B", stage + 1, m), Action("RECV_B", stage, m)))
-    return expected
+                    expected += [Action("SEND_B", stage + 1, m), Action("RECV_B", stage, m)]
+    return dict.fromkeys(expected)
 
 
 def _check_sharding(schedule: Schedule) -> None:
@@ -173,5 +173,5 @@ def _check_sharding(schedule: Schedule) -> None:
             whole = whole | {stage} if kind == "UNSHARD" else whole - {stage} if kind == "RESHARD" else whole
             left[stage] -= kind in ("B", "W")
         reduced = {a.stage for a in actions if a.kind == "REDUCE_GRAD"}
-        for stage in set(left) - reduced if reduces else ():
+        for stage in sorted(set(left) - reduced) if reduces else ():
             raise ValueError(marked(f"{Action('REDUCE_GRAD', stage)} is missing on rank {rank}", schedule.ranks, []))

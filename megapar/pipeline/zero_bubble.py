@@ -2,7 +2,7 @@
 
 Only the gradient of a stage's input (I) is waited for by another rank. The gradient of its weights (W) may come at any time after, at the
 price of keeping the micro-batch's activations until then. Forwards and input gradients keep the order of the schedule that is split, so
-this is ZB-H1 for 1F1B: from m >= pp on, each rank idles (pp - 1) max(I, F + I - W) instead of (pp - 1) (F + I + W).
+this is ZB-H1 for 1F1B: from m >= pp on, each rank idles (pp - 1) max(F, I, F + I - W) instead of (pp - 1) (F + I + W).
 """
 
 from __future__ import annotations
