@@ -28,7 +28,7 @@ def most_live(pp: int, chunks: int, microbatches: int, group: int | None) -> lis
     return [min(chunks * microbatches, 2 * (pp - rank - 1) + (chunks - 1) * group + 1) for rank in range(pp)]
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.data(), layouts(), st.sampled_from(["gpipe", "1f1b", "interleaved_1f1b"]))
 def test_proven_for_every_layout(data, layout, kind) -> None:
     schedule = base(kind, *layout)
