@@ -27,6 +27,7 @@ NAMES = (
     "training_step",
     "tensor_parallel",
     "gpu_static",
+    "build_time",
     "convergence",
 )
 PAGE = RESULTS.parent / "RESULTS.md"

@@ -5,7 +5,7 @@
 
 // The new weight; updates both moments.
 template <class F>
-static inline F adamw_update(F g, F w, F& m, F& v, const Coefficients& c) {
+static MEGAPAR_FN F adamw_update(F g, F w, F& m, F& v, const Coefficients& c) {
   g = g * c.grad_scale + w * c.l2;
   m = m + (g - m) * c.rate1;
   v = v + (g * g - v) * c.rate2;
@@ -15,20 +15,20 @@ static inline F adamw_update(F g, F w, F& m, F& v, const Coefficients& c) {
 // The pattern u of an fp32 number x as bf16, rounded half away from zero; the remainder is the lower half of u. A NaN does not round:
 // 0x7FFFFFFF would become -0.
 template <class F, class U>
-static inline U split_high(F x, U u) {
+static MEGAPAR_FN U split_high(F x, U u) {
   return (x != x ? u : u + 0x8000u) >> 16;
 }
 
 // The inverse, from 16 bits each: exact for what is no NaN, and for a NaN some NaN, which the arithmetic that follows makes of any.
 // megapar/ops/adamw.py has the pair that keeps NaNs' bits too.
 template <class U>
-static inline U join(U high, U low) {
+static MEGAPAR_FN U join(U high, U low) {
   return (high << 16 | low) - ((low & 0x8000u) << 1);
 }
 
 // MurmurHash3's 32-bit finaliser.
 template <class U>
-static inline U mix(U x) {
+static MEGAPAR_FN U mix(U x) {
   x = (x ^ x >> 16) * 0x85EBCA6Bu;
   x = (x ^ x >> 13) * 0xC2B2AE35u;
   return x ^ x >> 16;
@@ -36,13 +36,13 @@ static inline U mix(U x) {
 
 // 32 random bits for the element at 64-bit index (high, low) of the logical tensor.
 template <class U>
-static inline U noise(U low, U high, uint64_t key) {
+static MEGAPAR_FN U noise(U low, U high, uint64_t key) {
   return mix(mix(low ^ uint32_t(key)) + (high ^ uint32_t(key >> 32)));
 }
 
 // An fp32 pattern to bf16, up with the probability that the lower half says; `random` holds 16 bits. Infinities and NaNs stay.
 template <class U>
-static inline U round_stochastically(U u, U random) {
+static MEGAPAR_FN U round_stochastically(U u, U random) {
   const U finite = u + random;
   return ((u & 0x7F800000u) == 0x7F800000u ? u : finite) >> 16;
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "function.h"
+
 namespace megapar {
 
 struct bf16 {
@@ -15,23 +17,23 @@ struct fp16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) {
+MEGAPAR_FN uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
 
-inline float float_of(uint32_t u) {
+MEGAPAR_FN float float_of(uint32_t u) {
   float x;
   std::memcpy(&x, &u, sizeof x);
   return x;
 }
 
-inline float to_float(float x) { return x; }
+MEGAPAR_FN float to_float(float x) { return x; }
 
-inline float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+MEGAPAR_FN float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 
-inline float to_float(fp16 x) {
+MEGAPAR_FN float to_float(fp16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
   // 2^-24 times the integer is exact for subnormals; shifting the exponent is exact for the rest.
@@ -41,22 +43,22 @@ inline float to_float(fp16 x) {
 
 // To nearest, ties to even; a NaN stays a NaN.
 template <class T>
-T round_to(float x);
+MEGAPAR_FN T round_to(float x);
 
 template <>
-inline float round_to<float>(float x) {
+MEGAPAR_FN float round_to<float>(float x) {
   return x;
 }
 
 template <>
-inline bf16 round_to<bf16>(float x) {
+MEGAPAR_FN bf16 round_to<bf16>(float x) {
   const uint32_t u = bits_of(x);
   if ((u & 0x7FFFFFFFu) > 0x7F800000u) return {uint16_t(u >> 16 | 0x40u)};
   return {uint16_t((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};
 }
 
 template <>
-inline fp16 round_to<fp16>(float x) {
+MEGAPAR_FN fp16 round_to<fp16>(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return {uint16_t(sign | 0x7E00u)};
   if (magnitude >= 0x477FF000u) return {uint16_t(sign | 0x7C00u)};  // 65520 and above

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
+#include <cstdint>
+
+#include "function.h"
 
 namespace megapar {
 
@@ -25,7 +27,7 @@ struct LossScaling {
 };
 
 // total: sum of squares of the scaled gradient sums, and how many of their elements are not finite. max_norm < 0 means no clipping.
-inline void finish_gradients(StepScalars& state, const double* total, double count, double max_norm) {
+MEGAPAR_FN void finish_gradients(StepScalars& state, const double* total, double count, double max_norm) {
   const double scale = 1 / (state.loss_scale * count);
   state.grad_norm = std::sqrt(total[0]) * scale;
   const double clip = max_norm < 0 ? 1 : std::fmin(1.0, max_norm / (state.grad_norm + 1e-6));
@@ -34,7 +36,7 @@ inline void finish_gradients(StepScalars& state, const double* total, double cou
 }
 
 // Backs off after `hysteresis` steps with a gradient that is not finite, without a finite one between them, and after each further one.
-inline void move_loss_scale(StepScalars& state, const LossScaling& how) {
+MEGAPAR_FN void move_loss_scale(StepScalars& state, const LossScaling& how) {
   if (how.growth_interval == 0) return;
   if (state.skip != 0) {
     state.growth = 0;
@@ -50,7 +52,7 @@ inline void move_loss_scale(StepScalars& state, const LossScaling& how) {
   if (std::isfinite(grown)) state.loss_scale = double(grown);
 }
 
-inline void advance(StepCounter& counter, double beta1, double beta2) {
+MEGAPAR_FN void advance(StepCounter& counter, double beta1, double beta2) {
   counter.step += 1;
   counter.step_scale = 1 / (1 - std::pow(beta1, counter.step));
   counter.root_scale = 1 / std::sqrt(1 - std::pow(beta2, counter.step));

@@ -5,7 +5,6 @@
 #include <array>
 #include <cmath>
 
-#include "../common/step_state.h"
 #include "bindings.h"
 #include "spans.h"
 
@@ -136,37 +135,21 @@ StepState step_state_of(const at::Tensor& scalars, const at::Tensor& counters) {
           reinterpret_cast<const StepCounter*>(counters.const_data_ptr<double>()), counters.numel() / 3};
 }
 
-// A rate that lives in memory, so that a captured step reads what a scheduler wrote.
-double rate_of(double lr, const std::optional<at::Tensor>& lr_scale) {
-  if (!lr_scale) return lr;
+// What a scheduler wrote, in memory, so that a captured step reads it.
+double number_of(const std::optional<at::Tensor>& lr_scale) {
+  if (!lr_scale) return 1;
   TORCH_CHECK_VALUE(lr_scale->scalar_type() == at::kDouble && lr_scale->numel() == 1 && lr_scale->device().is_cpu(), "lr_scale is ",
                     lr_scale->scalar_type(), " of shape ", lr_scale->sizes(), " on ", lr_scale->device(),
                     " and must be one float64 number on the CPU: convert it");
-  return lr * *lr_scale->const_data_ptr<double>();
+  return *lr_scale->const_data_ptr<double>();
 }
 
-struct Options {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled;
-};
-
-void check(const Options& o) {
+void check(const AdamwOptions& o) {
   TORCH_CHECK_VALUE(o.lr >= 0, "lr=", o.lr, " must not be negative: raise it");
   TORCH_CHECK_VALUE(o.beta1 >= 0 && o.beta1 < 1, "beta1=", o.beta1, " must lie in [0, 1): change it");
   TORCH_CHECK_VALUE(o.beta2 >= 0 && o.beta2 < 1, "beta2=", o.beta2, " must lie in [0, 1): change it");
   TORCH_CHECK_VALUE(o.eps >= 0, "eps=", o.eps, " must not be negative: raise it");
   TORCH_CHECK_VALUE(o.weight_decay >= 0, "weight_decay=", o.weight_decay, " must not be negative: raise it");
-}
-
-Coefficients coefficients_of(const Options& o, const StepScalars& state, const StepCounter& counter) {
-  return {.grad_scale = float(state.grad_scale),
-          .rate1 = float(1 - o.beta1),
-          .rate2 = float(1 - o.beta2),
-          .step_size = float(o.lr * counter.step_scale),
-          .root_scale = float(counter.root_scale),
-          .eps = float(o.eps),
-          .decay = o.decoupled ? float(o.lr * o.weight_decay) : 0.0f,
-          .l2 = o.decoupled ? 0.0f : float(o.weight_decay)};
 }
 
 // Where its random bits come from: `places` holds base, columns and stride of each tensor, or nothing where each is a whole logical one.
@@ -207,9 +190,9 @@ void adamw_(at::TensorList weights, at::TensorList grads, at::TensorList masters
             double weight_decay, bool decoupled, std::optional<int64_t> seed, at::IntArrayRef ids, at::IntArrayRef places,
             const std::optional<at::Tensor>& lr_scale) {
   const size_t n = weights.size();
-  Options options = {lr, beta1, beta2, eps, weight_decay, decoupled};
+  const AdamwOptions options = {lr, beta1, beta2, eps, weight_decay, decoupled};
   check(options);
-  options.lr = rate_of(lr, lr_scale);
+  const double rate = number_of(lr_scale);
   TORCH_CHECK_VALUE(grads.size() == n && (masters.empty() || masters.size() == n) && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
                         rows.size() == n && (places.empty() || places.size() == 3 * n) && (!seed || ids.size() == n),
                     "there are ", n, " weights, ", grads.size(), " grads, ", masters.size(), " masters, ", exp_avgs.size(), " exp_avgs, ",
@@ -233,7 +216,7 @@ void adamw_(at::TensorList weights, at::TensorList grads, at::TensorList masters
                           (t.master == nullptr ? 0 : 2 * t.master->element_size());
     list.push_back({t.weight.numel(), width});
     bytes += t.weight.numel() * width;
-    entries.push_back(entry_of(t, coefficients_of(options, *state.scalars, state.counters[rows[i]])));
+    entries.push_back(entry_of(t, coefficients_of(options, *state.scalars, state.counters[rows[i]], rate)));
     if (seed) seed_noise(entries.back(), t, i, *seed, state.counters[rows[i]].step, ids, places);
     bodies.push_back(body_of(t));
   }

@@ -65,3 +65,16 @@ def assert_full_width(kernel: Compiled, loads: int, stores: int) -> None:
     wide = kernel.count(r"LDG\.E(\.\w+)*\.128"), kernel.count(r"STG\.E(\.\w+)*\.128")
     every = kernel.count("LDG"), kernel.count("STG")
     assert wide == every == (loads, stores), f"{kernel.name} for sm_{kernel.arch}: {kernel.instructions}"
+
+
+def assert_narrow(kernel: Compiled, loads: int, stores: int) -> None:
+    """At most that many loads and stores of global memory, of single numbers of a row, are of fewer than 128 bits."""
+    narrow = (kernel.count(r"LDG(?!.*\.128)"), kernel.count(r"STG(?!.*\.128)"))
+    assert narrow[0] <= loads and narrow[1] <= stores, f"{kernel.name} for sm_{kernel.arch}: {kernel.instructions}"
+
+
+def assert_listed(call: Call, listed: Sequence[Call]) -> None:
+    """Whatever `call` launches, some call of the list launches too."""
+    known = {config(x) for other in listed for x in launches(other, 80)}
+    missing = [config(x) for x in launches(call, 80) if config(x) not in known]
+    assert not missing, f"not compiled by any test: {missing[0]}"

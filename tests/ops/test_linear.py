@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megapar.ops import dispatch
 from megapar.ops import linear as ops
 from megapar.ops.linear import linear, linear_activation, linear_bias_grad, linear_forward, linear_input_grad, linear_weight_grad
 from tests.ops.test_amx import processor_flags
+from tests.row_ops import DEVICE, cpu_only
 
 NUMBERS = Path(__file__).with_name("test_linear_numbers.py")
 BODIES = ("portable", "avx2", "avx512", "avx512_bf16") + (("amx",) if "amx_bf16" in processor_flags() else ())
@@ -20,9 +22,17 @@ OPS = torch.ops.megapar
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device=DEVICE, dtype=dtype)
 
 
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
+@cpu_only
 @pytest.mark.parametrize("isa", BODIES)
 def test_every_body(isa):
     """The numbers again, in a process that MEGAPAR_CPU_ISA holds to fewer instructions."""
@@ -73,7 +83,7 @@ def test_weight_grad_fp32(dtype):
     total, exact = torch.empty(24, 40), torch.zeros(24, 40, dtype=torch.float64)
     for i in range(8):
         generator = torch.Generator().manual_seed(i)
-        x, dy = (torch.randn(64, n, generator=generator).to(dtype) for n in (40, 24))
+        x, dy = (torch.randn(64, n, generator=generator, device="cpu").to(device=DEVICE, dtype=dtype) for n in (40, 24))
         linear_weight_grad(dy, x, total, beta=float(i > 0))
         exact += dy.double().t() @ x.double()
         magnitude = dy.double().abs().t() @ x.double().abs()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from megapar.ops import linear as ops
+from tests.row_ops import DEVICE
 
 OPS = torch.ops.megapar
 BF16 = torch.bfloat16
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
+    return torch.ones(shape, dtype=dtype, device=DEVICE)
 
 
 def refused(run: Callable[[], Any], *parts: str) -> None:
@@ -33,7 +34,7 @@ def refused(run: Callable[[], Any], *parts: str) -> None:
     [
         ((ones(2, 3, dtype=torch.int32), ones(4, 3), None, "none"), ("x has dtype Int", "float32, bfloat16 and float16")),
         ((ones(2, 3).double(), ones(4, 3).double(), None, "none"), ("x has dtype Double", "MEGAPAR_BACKEND=reference")),
-        ((torch.tensor(1.0), ones(4, 3), None, "none"), ("x is a single number",)),
+        ((ones(), ones(4, 3), None, "none"), ("x is a single number",)),
         ((ones(2, 3), ones(4, 3, dtype=BF16), None, "none"), ("weight has dtype BFloat16 and x Float",)),
         ((ones(2, 3), ones(3, 4).t(), None, "none"), ("weight has shape [4, 3] and strides [1, 4]", "contiguous")),
         ((ones(2, 3), ones(3), None, "none"), ("weight has shape [3]", "[out, in]")),
@@ -81,7 +82,7 @@ def weight_grad(target: Tensor, dy: Tensor, x: Tensor, alpha: float | Tensor = 1
         (lambda t: weight_grad(ones(3, 4).t(), ones(2, 4), ones(2, 3)), ("target has shape [4, 3] and strides [1, 4]",)),
         (lambda t: weight_grad(t.to(BF16), ones(2, 4), ones(2, 3)), ("target has dtype BFloat16 and must be float32 or that of dy",)),
         (lambda t: weight_grad(t, ones(2, 4), ones(2, 3), ones(2)), ("scale must be one float32 number",)),
-        (lambda t: weight_grad(t, ones(2, 4), ones(2, 3), torch.ones(1, dtype=torch.float64)), ("scale must be one float32",)),
+        (lambda t: weight_grad(t, ones(2, 4), ones(2, 3), ones(1, dtype=torch.float64)), ("scale must be one float32",)),
         (lambda t: weight_grad(t, ones(2, 4), ones(2, 3), 1.0, ones(2)), ("non_finite must be one float32 number",)),
         (lambda t: weight_grad(t, ones(2, 4), ones(2, 3), 1.0, ones(1, dtype=BF16)), ("non_finite must be one float32",)),
         (lambda t: ops.linear_bias_grad(ones(2, 4, dtype=torch.bool), t[:, 0].clone()), ("dy has dtype Bool",)),
@@ -91,13 +92,13 @@ def weight_grad(target: Tensor, dy: Tensor, x: Tensor, alpha: float | Tensor = 1
     ],
 )
 def test_gradients_of_parameters(run, parts):
-    target = torch.full((4, 3), 7.0)
+    target = torch.full((4, 3), 7.0, device=DEVICE)
     refused(lambda: run(target), *parts)
     assert target.eq(7.0).all()
 
 
 def test_outputs_apart_from_inputs():
-    memory = torch.arange(48.0)
+    memory = torch.arange(48.0, device=DEVICE)
     kept = memory.clone()
     dy, x = memory[:8].view(2, 4), memory[8:14].view(2, 3)
     for name, start in (("dy", 4), ("x", 13)):

@@ -14,7 +14,7 @@ if dispatch.INTERPRETED:
     import triton
     import triton.language as tl
 
-    from tests.watched import watched
+    from benchmarks.watched import EVEN, moved, watched
 
     @triton.jit
     def shifted_copy(x, y, shift, BLOCK: tl.constexpr):
@@ -27,7 +27,6 @@ if dispatch.INTERPRETED:
 
 
 ODD = Sizes(t=7, h=70, f=129, v=301, q_heads=2, kv_heads=1, tensors=3, numel=1025)
-EVEN = Sizes(t=64, h=1024, f=1024, v=4096, q_heads=2, kv_heads=1, tensors=2, numel=65536)
 
 
 def by_title(sizes: Sizes) -> dict[str, Case]:
@@ -63,3 +62,28 @@ def test_inside_of_its_tensors_and_no_race(title):
     with watched() as seen:
         case.ours(inputs)
     assert seen.launches > 0
+
+
+MOVED = {
+    "adamw_, bf16 gradient, fp32 master": 1.01,
+    "adamw_, fp32 gradient, fp32 master": 1.01,
+    "adamw_, bf16 gradient, remainder": 1.01,
+    "grad_norm_, bf16": 1.01,
+    "grad_norm_, fp32": 1.01,
+    "swiglu": 1.0,
+    "swiglu_backward": 1.0,
+    "dropout": 1.01,
+    "cross_entropy_statistics": 1.01,
+    "cross_entropy_grad": 1.01,
+    "rms_norm, residual": 1.26,  # each row reads the gain, from cache
+    "rms_norm_backward": 1.2,  # and leaves partial sums of the gain's gradient
+    "layer_norm, residual": 1.51,
+    "layer_norm_backward": 1.3,
+    "rope_qkv": 1.5,  # each of the four heads reads the angles, from cache
+}
+"""Bytes loaded and stored, over the formula's, at the sizes EVEN."""
+
+
+@pytest.mark.parametrize("title", MOVED)
+def test_bytes_moved(title):
+    assert 1.0 <= moved(by_title(EVEN)[title]) <= MOVED[title]

@@ -13,7 +13,9 @@ NAMES = {
     torch.int64: "Long",
     torch.int32: "Int",
     torch.int16: "Short",
+    torch.int8: "Char",
     torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,3 +46,28 @@ def check_same(x: Tensor, other: Tensor, name: str, other_name: str) -> None:
         raise ValueError(f"{name} has dtype {named(x.dtype)} and {other_name} {named(other.dtype)}: convert one of them")
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}: move one")
+
+
+def check_target(target: Tensor, dy: Tensor, shape: list[int]) -> None:
+    """The gradient of a parameter: contiguous, in fp32 or the dtype of dy."""
+    require(
+        target.dtype in (torch.float32, dy.dtype),
+        f"target has dtype {named(target.dtype)} and must be float32 or that of dy, {named(dy.dtype)}: convert it",
+    )
+    require(
+        list(target.shape) == shape and target.is_contiguous() and target.device == dy.device,
+        f"target has shape {list(target.shape)} and strides {list(target.stride())} and must be a contiguous {shape} beside dy: give one",
+    )
+
+
+def check_apart(out: Tensor, x: Tensor, name: str, other_name: str) -> None:
+    """An output must not share memory with an input: a kernel reads what it has already written. Also where only the ranges overlap."""
+    if out.numel() == 0 or x.numel() == 0 or out.device.type == "meta":
+        return
+    (a, b), (c, d) = _range(out), _range(x)
+    require(b <= c or d <= a, f"{name} overlaps {other_name} in memory and is written while that is read: give it its own")
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -1,9 +1,11 @@
 """Formula and bytes: megapar/ops/swiglu.py.
 
-A program takes BLOCK elements of one row of y: the gate's part of the row, and the same part of up f further on.
+A program takes ROWS x BLOCK elements of y: the gate's part of the rows, and the same part of up f further on. Tiles: rows.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -11,36 +13,51 @@ import triton.language as tl
 from torch import Tensor
 
 from megapar.ops.triton.checks import check_float, check_same, require
+from megapar.ops.triton.elementwise import NUM_WARPS, tile
+from megapar.ops.triton.exp import exp
 from megapar.ops.triton.floats import load, store
 from megapar.ops.triton.launch import ceil_div, launch
 
-BLOCK, NUM_WARPS = 1024, 4
+
+@triton.jit
+def _place(t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row, column and mask of a program's elements."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    return row, column, (row < t) & (column < f)
 
 
 @triton.jit
-def swiglu_kernel(x, y, f, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < f
-    gate, up = load(x + row * 2 * f + column, mask), load(x + row * 2 * f + f + column, mask)
-    store(y + row * f + column, gate / (1 + tl.exp(-gate)) * up, mask)
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    """The divisor is at most 2: the division of GPUs gives 0 where it is above 2^126, as 1 + exp(-x) may be."""
+    e = exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
-@triton.jit
-def swiglu_backward_kernel(dy, x, dx, f, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < f
-    gate, up = load(x + row * 2 * f + column, mask), load(x + row * 2 * f + f + column, mask)
-    d, s = load(dy + row * f + column, mask), 1 / (1 + tl.exp(-gate))
-    store(dx + row * 2 * f + column, d * up * s * (1 + gate * (1 - s)), mask)
-    store(dx + row * 2 * f + f + column, d * gate * s, mask)
+@triton.jit(do_not_specialize=["t"])
+def swiglu_kernel(x, y, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column, mask = _place(t, f, ROWS, BLOCK)
+    at = row * 2 * f + column
+    gate, up = load(x + at, mask), load(x + f + at, mask)
+    store(y + row * f + column, gate * _sigmoid(gate) * up, mask)
+
+
+@triton.jit(do_not_specialize=["t"])
+def swiglu_backward_kernel(dy, x, dx, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column, mask = _place(t, f, ROWS, BLOCK)
+    at = row * 2 * f + column
+    gate, up = load(x + at, mask), load(x + f + at, mask)
+    d, s = load(dy + row * f + column, mask), _sigmoid(gate)
+    store(dx + at, d * up * s * (1 + gate * (1 - s)), mask)
+    store(dx + f + at, d * gate * s, mask)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     check_float(gate_up, "gate_up")
     require(gate_up.shape[-1] % 2 == 0, f"gate_up is {gate_up.shape[-1]} wide and must hold gate and up: give it an even width")
-    x, f = gate_up.contiguous(), gate_up.shape[-1] // 2
-    y = x.new_empty((*x.shape[:-1], f))
-    launch(swiglu_kernel, _grid(y), x, y, f, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    x = gate_up.contiguous()
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    _launch(swiglu_kernel, (x, y), y)
     return y
 
 
@@ -53,10 +70,12 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     )
     dy, x = dy.contiguous(), gate_up.contiguous()
     dx = torch.empty_like(x)
-    launch(swiglu_backward_kernel, _grid(dy), dy, x, dx, dy.shape[-1], BLOCK=BLOCK, num_warps=NUM_WARPS)
+    _launch(swiglu_backward_kernel, (dy, x, dx), dy)
     return dx
 
 
-def _grid(y: Tensor) -> tuple[int, int]:
-    """A program for each block of each row."""
-    return y.numel() // max(y.shape[-1], 1), ceil_div(y.shape[-1], BLOCK)
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], y: Tensor) -> None:
+    """A program for each tile of y [..., f]."""
+    f = y.shape[-1]
+    t, (rows, block) = y.numel() // max(f, 1), tile(f)
+    launch(kernel, (ceil_div(t, rows), ceil_div(f, block)), *tensors, t, f, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS)

@@ -2,13 +2,18 @@
 
 The interpreter runs programs one after the other, so a result says nothing about programs that disturb each other on a GPU. Here each
 access is remembered with its program, and a launch in which one program reads or overwrites what another has written is an error.
+
+    TRITON_INTERPRET=1 MEGAPAR_BACKEND=triton python -m benchmarks.watched
+
+prints, as JSON, the bytes that each case of benchmarks/gpu_cases.py loads and stores, over those of its formula.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -16,6 +21,11 @@ from unittest import mock
 import numpy as np
 import torch
 from triton.runtime import interpreter
+
+from benchmarks.gpu_cases import Case, Sizes, all_cases
+
+EVEN = Sizes(t=64, h=1024, f=1024, v=4096, q_heads=2, kv_heads=1, tensors=2, numel=65536)
+"""Small enough for the interpreter; whole tiles, so that what is beyond the formula is no edge."""
 
 
 @dataclass
@@ -131,9 +141,13 @@ def _check(name: str, loads: tuple[np.ndarray, ...], stores: tuple[np.ndarray, .
     assert not raced.any(), f"{name}: program {reader[hit][raced][0]} reads what program {writer[raced][0]} writes in the same launch"
 
 
-def moved(call: Callable[[], Any]) -> Seen:
-    """What `call` moved; its first call, which may upload tables, is not counted."""
-    call()
+def moved(case: Case) -> float:
+    """Bytes loaded and stored, over the formula's, or as they are where it has none."""
+    inputs = case.make("cpu")
     with watched() as seen:
-        call()
-    return seen
+        case.ours(inputs)
+    return (seen.loaded + seen.stored) / max(case.bytes, 1)
+
+
+if __name__ == "__main__":
+    print(json.dumps({case.title: moved(case) for case in all_cases(EVEN)}))

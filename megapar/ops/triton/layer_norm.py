@@ -1,0 +1,23 @@
+"""Formula and bytes: megapar/ops/layer_norm.py. Kernels and tiles: megapar/ops/triton/norm.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megapar.ops.triton.norm import backward, forward
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, s, mean, rstd = forward(x, weight, bias, eps, residual, centred=True)
+    assert mean is not None
+    return y, s, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw, db = backward(dy, ds, s, weight, mean, rstd)
+    assert db is not None
+    return dx, dw, db

@@ -1,0 +1,69 @@
+"""dw = beta dw + alpha dy^T x, accumulated in dw's dtype. Formulas and FLOPs: megapar/ops/linear.py.
+
+A program takes a tile of dw (tiles.py), sums it over the tokens (gemm.py) and reads and writes the target once: 8 bytes a weight into an
+fp32 main_grad. The sum over the tokens is never split over programs: its order, and so every bit, is the same in each run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megapar.ops.triton.checks import check_apart, check_float, check_same, check_target, require
+from megapar.ops.triton.floats import load, round_to, widen
+from megapar.ops.triton.gemm import place, product
+from megapar.ops.triton.launch import ceil_div, launch, target_of
+from megapar.ops.triton.rows import rows, stride
+from megapar.ops.triton.tiles import choose
+
+
+@triton.jit(do_not_specialize=["t"])
+def linear_weight_grad_kernel(  # type: ignore[no-untyped-def]
+    dy, x, target, scale, non_finite, t, m, n, dy_stride, x_stride, one, alpha, beta, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """target [m, n] from dy [t, m] and x [t, n]. ACCUMULATE: beta is not 0; where it is, the target is not read, which may hold NaN."""
+    row, column = place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    total, _ = product(dy, x, x, row, column, m, n, t, one, dy_stride, x_stride, one, BLOCK_K, False)
+    mask = (row[:, None] < m) & (column[None, :] < n)
+    target += row.to(tl.int64)[:, None] * n + column[None, :]
+    if scale is not None:
+        alpha *= tl.load(scale)
+    total *= alpha
+    if ACCUMULATE:
+        total += beta * load(target, mask)
+    result = round_to(total, target.dtype.element_ty)
+    tl.store(target, result, mask=mask)
+    if non_finite is not None:
+        # Every program that finds one stores the same 1: which of them comes last does not matter.
+        finite = tl.abs(widen(result)) < float("inf")
+        found = tl.max(tl.max((mask & ~finite).to(tl.int32), 1), 0)
+        tl.store(non_finite, 1.0, mask=found > 0)
+
+
+def linear_weight_grad_(
+    target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float = 1.0, scale: Tensor | None = None, non_finite: Tensor | None = None
+) -> None:
+    check_float(dy, "dy")
+    check_same(x, dy, "x", "dy")
+    flat_dy, flat_x = rows(dy), rows(x)
+    (t, m), n = flat_dy.shape, flat_x.shape[1]
+    require(t == flat_x.shape[0], f"dy has {t} rows and x {flat_x.shape[0]}: give both the same tokens")
+    check_target(target, dy, [m, n])
+    check_apart(target, dy, "target", "dy")
+    check_apart(target, x, "target", "x")
+    require(scale is None or _is_number(scale, dy), "scale must be one float32 number beside dy: convert it")
+    require(
+        non_finite is None or _is_number(non_finite, dy),
+        "non_finite must be one float32 number beside dy, which becomes 1: convert it",
+    )
+    tile = choose(m, n, dy.dtype, target_of(dy.device), "plain" if beta == 0 and target.dtype == dy.dtype else "reads")
+    grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n),)
+    args = (flat_dy, flat_x, target, scale, non_finite, t, m, n, stride(flat_dy), stride(flat_x), 1, float(alpha), float(beta))
+    launch(linear_weight_grad_kernel, grid, *args, ACCUMULATE=beta != 0, **tile.options())
+
+
+def _is_number(x: Tensor, dy: Tensor) -> bool:
+    return x.numel() == 1 and x.dtype == torch.float32 and x.device == dy.device

@@ -1,0 +1,17 @@
+"""Formula and bytes: megapar/ops/rms_norm.py. Kernels and tiles: megapar/ops/triton/norm.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megapar.ops.triton.norm import backward, forward
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y, s, _, rstd = forward(x, weight, None, eps, residual, centred=False)
+    return y, s, rstd
+
+
+def rms_norm_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dw, _ = backward(dy, ds, s, weight, None, rstd)
+    return dx, dw

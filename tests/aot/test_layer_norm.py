@@ -1,0 +1,37 @@
+"""LayerNorm's kernels as compiled: registers, and 128 bits an access."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megapar.ops.triton.layer_norm import layer_norm, layer_norm_backward
+from tests.aot.common import every_config
+from tests.aot.norms import BF16, FP16, FP32, assert_covered, calls, check, tensors
+
+
+def forward_backward(t: int, h: int, dtype: torch.dtype, weight_dtype: torch.dtype, plain: bool) -> None:
+    x, weight, rstd = tensors(t, h, dtype, weight_dtype)
+    residual = None if plain else x
+    layer_norm(x, weight, None if plain else weight, 1e-6, residual)
+    layer_norm_backward(x, residual, x, weight, rstd, rstd)
+
+
+CALLS = calls(forward_backward)
+
+
+@every_config(CALLS, ["bfloat16-256", "bfloat16-4096", "float32-8192"])
+def test_compiled(call, arch):
+    check(CALLS, call, arch)
+
+
+@pytest.mark.every_config
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("float16")])
+def test_compiled_for_sm_75(name):
+    check(CALLS, CALLS[name], 75)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.integers(1, 70000), st.sampled_from([(x, w) for x in (BF16, FP16, FP32) for w in {x, FP32}]), st.booleans())
+def test_list_covers(t, h, dtypes, plain):
+    assert_covered(lambda: forward_backward(t, h, *dtypes, plain), CALLS)
