@@ -1,4 +1,4 @@
-"""The command line: megapar train | verify | doctor."""
+"""The command line: megapar train | verify | plan | doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 
 from megapar.doctor import doctor
 from megapar.mesh import ParallelMesh
+from megapar.pipeline.kinds import KINDS, make_schedule
+from megapar.pipeline.schedule import Schedule
+from megapar.pipeline.zero_bubble import split_backward
+from megapar.planning.schedule import parse_costs, plan_schedule
 from megapar.training.config import load_config
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
 from megapar.training.loop import check_layout, make_mesh, named_failures, train
@@ -37,6 +41,11 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 
         megapar verify my_model:build --tp 2
 
+  megapar plan schedule [FILE.csv] --pp N [--chunks N] --microbatches N [--zero-bubble] [--out FILE.svg]
+      A pipeline schedule, made or read from a file: proven, simulated, as a table and as a picture.
+
+        megapar plan schedule --pp 4 --chunks 2 --microbatches 8 --zero-bubble --costs 1,1.1,0.9,0.05
+
   megapar doctor
       Versions, devices, instruction sets, which kernels are active and how to get what is missing.
 """
@@ -45,7 +54,7 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": _train, "verify": _verify, "doctor": _doctor}
+    commands = {"train": _train, "verify": _verify, "plan": _plan, "doctor": _doctor}
     if command in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -118,6 +127,35 @@ def _verify(arguments: list[str]) -> int:
         print_cases(cases, f"tp={asked.tp}", each=subject is not None)
     mesh.close()
     return 0 if all(check.passed for checks in cases.values() for check in checks) else 1
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="megapar plan", description="What a run will need, on paper.")
+    plan = parser.add_subparsers(dest="what", required=True).add_parser("schedule", help="a pipeline schedule: proven, simulated, drawn")
+    plan.add_argument("file", nargs="?", type=Path, help="a schedule's file, megapar's or torch's; none: make one")
+    plan.add_argument("--pp", type=int, help="pipeline ranks")
+    plan.add_argument("--chunks", type=int, help="stages a rank (default: 1)")
+    plan.add_argument("--microbatches", type=int, help="micro-batches a step")
+    plan.add_argument("--group", type=int, help="micro-batches that go through a chunk before the next chunk's turn (default: pp)")
+    plan.add_argument("--schedule", choices=KINDS, help="default: 1f1b, interleaved with several chunks")
+    plan.add_argument("--zero-bubble", action="store_true", help="split the backward; weight gradients go where the bubbles are")
+    plan.add_argument("--costs", default="1,1,1", help="times of F, I, W and a message, in any unit (default: 1,1,1,0)")
+    plan.add_argument("--out", type=Path, default=Path("schedule.svg"), help=".svg .png .pdf .json (Perfetto) .csv (default: schedule.svg)")
+    asked = parser.parse_args(arguments)
+    costs, shape = parse_costs(asked.costs), (asked.schedule, asked.pp, asked.chunks, asked.microbatches, asked.group)
+    if asked.file and any(value is not None for value in shape):
+        raise ValueError(f"{asked.file} is a schedule already: give it alone, or leave it out and give --pp, --microbatches and the rest")
+    if not asked.file and (asked.pp is None or asked.microbatches is None):
+        raise ValueError("a schedule needs --pp and --microbatches, or a file")
+    if asked.file:
+        schedule = Schedule.load(asked.file)
+    else:
+        chunks = 1 if asked.chunks is None else asked.chunks
+        schedule = make_schedule(asked.schedule, asked.pp, chunks, asked.microbatches, asked.group, costs)
+    if asked.zero_bubble and not schedule.has("W"):
+        schedule = split_backward(schedule, costs)
+    print(plan_schedule(schedule, costs, asked.out))
+    return 0
 
 
 def _doctor(arguments: list[str]) -> int:
