@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapar.ops.triton.rows import tile
+from megapar.ops.triton.elementwise import tile
 from megapar.ops.triton.swiglu import swiglu, swiglu_backward
 from tests.aot.common import assert_full_width, assert_lean, assert_listed, compiled, every_config, meta
 

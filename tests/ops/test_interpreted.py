@@ -10,15 +10,29 @@ import pytest
 from megapar.ops import dispatch
 
 HERE = Path(__file__).parent
-OPS = ("rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout")
+FILES = (
+    "rms_norm",
+    "layer_norm",
+    "swiglu",
+    "rope",
+    "cross_entropy",
+    "dropout",
+    "linear",
+    "linear_numbers",
+    "linear_bad_input",
+    "grad_norm",
+    "step_state",
+    "adamw",
+    "memory",
+)
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED or dispatch.FORCED is not None, reason="starts a process with other bodies than this one's")
-@pytest.mark.parametrize("op", OPS)
-def test_tests_pass(op):
+@pytest.mark.parametrize("file", FILES)
+def test_tests_pass(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "MEGAPAR_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     environment.pop("MEGAPAR_TEST_DEVICE", None)
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / f"test_{op}.py")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / f"test_{file}.py")]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
