@@ -59,7 +59,9 @@ def step_state_kernel(  # type: ignore[no-untyped-def]
         growth = tl.where(skip, 0.0, tl.load(scalars + 4) + 1)
         grows = growth >= growth_interval.to(tl.float64)
         grown = (loss_scale * growth_factor).to(tl.float32).to(tl.float64)
-        lowered = tl.maximum((loss_scale * backoff_factor).to(tl.float32).to(tl.float64), min_scale)
+        # The interpreter would compare with min_scale as fp32: tests/ops/test_step_state.py::test_both_bodies_agree.
+        least = tl.full((), min_scale, tl.float64)
+        lowered = tl.maximum((loss_scale * backoff_factor).to(tl.float32).to(tl.float64), least)
         raised = tl.where(grows & finite(grown), grown, loss_scale)
         tl.store(scalars + 3, tl.where(skip, tl.where(left <= 0, lowered, loss_scale), raised))
         tl.store(scalars + 4, tl.where(grows, 0.0, growth))
