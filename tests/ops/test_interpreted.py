@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,12 +29,23 @@ FILES = (
 )
 
 
-@pytest.mark.skipif(dispatch.INTERPRETED or dispatch.FORCED is not None, reason="starts a process with other bodies than this one's")
-@pytest.mark.parametrize("file", FILES)
-def test_tests_pass(file):
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """One process a file, two at a time."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "MEGAPAR_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     environment.pop("MEGAPAR_TEST_DEVICE", None)
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / f"test_{file}.py")]
-    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False)
+
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / f"test_{file}.py")]
+        return subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {file: pool.submit(run, file) for file in FILES}
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED or dispatch.FORCED is not None, reason="starts a process with other bodies than this one's")
+@pytest.mark.parametrize("file", FILES)
+def test_tests_pass(file, outcomes):
+    done = outcomes[file].result()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

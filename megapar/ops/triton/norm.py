@@ -22,6 +22,7 @@ from megapar.ops.triton.launch import ceil_div, launch
 
 WIDEST, CHUNK = 16384, 4096
 
+
 @dataclass(frozen=True)
 class Tile:
     rows: int
@@ -30,8 +31,8 @@ class Tile:
 
     def options(self, centred: bool) -> dict[str, Any]:
         options: dict[str, Any] = {"CENTRED": centred, "ROWS": self.rows, "BLOCK": self.block, "num_warps": self.num_warps}
-        # Registers for one program a multiprocessor: left alone, ptxas spills two of 42 on sm_100 to make room for a third program.
-        return options | ({"maxnreg": 128} if self.num_warps == 16 else {})
+        # Left alone, ptxas spills a register or two to make room for one more program: of 48 on sm_80, of 42 on sm_100.
+        return options | ({"maxnreg": 128 if self.num_warps == 16 else 64} if self.block >= 1024 else {})
 
 
 def tile(h: int) -> Tile:
