@@ -29,10 +29,10 @@ class Tile:
     block: int
     num_warps: int
 
-    def options(self, centred: bool) -> dict[str, Any]:
+    def options(self, centred: bool, registers: int) -> dict[str, Any]:
+        """registers: of a thread, for what ptxas left alone would spill, a few of 48, to make room for one more program."""
         options: dict[str, Any] = {"CENTRED": centred, "ROWS": self.rows, "BLOCK": self.block, "num_warps": self.num_warps}
-        # Left alone, ptxas spills a register or two to make room for one more program: of 48 on sm_80, of 42 on sm_100.
-        return options | ({"maxnreg": 128 if self.num_warps == 16 else 64} if self.block >= 1024 else {})
+        return options | ({"maxnreg": registers} if self.block >= 1024 else {})
 
 
 def tile(h: int) -> Tile:
@@ -201,6 +201,6 @@ def forward(
         launch(norm_wide_kernel, (t,), *args, h, eps, CENTRED=centred, BLOCK=CHUNK, num_warps=8)
     else:
         shape = tile(h)
-        options = shape.options(centred)
+        options = shape.options(centred, 128 if shape.num_warps == 16 else 64)
         launch(norm_kernel, (ceil_div(t, shape.rows),), *args, t, h, eps, **options)
     return y, s, mean, rstd

@@ -140,7 +140,7 @@ def backward(
         grid = (count, ceil_div(h, 1024))
         launch(norm_partials_kernel, grid, dy, s, mean, rstd, partial, t, h, CENTRED=centred, BLOCK=1024, num_warps=4)
     else:
-        options = shape.options(centred)
+        options = shape.options(centred, 128)
         launch(norm_backward_kernel, (count,), dy, ds, s, weight, mean, rstd, dx, partial, t, h, **options)
     options = {"CENTRED": centred, "ROWS": 8 if wide else 16, "BLOCK": 512 if wide else 128, "num_warps": 8 if wide else 4}
     launch(sum_partials_kernel, (ceil_div(h, options["BLOCK"]), 2 if centred else 1), partial, dw, db, count, h, **options)
