@@ -17,7 +17,11 @@ from megapar.ops import dispatch
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LIBRARIES = ("numpy", "tokenizers", "safetensors", "rich", "tyro", "matplotlib")
-EXTRAS = {"gpu": ("triton",), "tensorboard": ("tensorboard",), "dev": ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "triton")}
+EXTRAS = {
+    "gpu": ("triton",),
+    "tensorboard": ("tensorboard",),
+    "dev": ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "triton"),
+}
 
 
 def doctor() -> str:
