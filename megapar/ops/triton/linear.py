@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megapar.ops.triton.checks import check_float, check_same, named, require
+from megapar.ops.triton.exp import sigmoid
 from megapar.ops.triton.floats import load, round_to, store, widen
 from megapar.ops.triton.gemm import place, product
 from megapar.ops.triton.launch import ceil_div, launch, target_of
@@ -22,11 +23,6 @@ from megapar.ops.triton.tiles import PLAIN, SLOPE, SWIGLU, SWIGLU_SLOPE, Tile, c
 __all__ = ["linear", "linear_bias_grad_", "linear_input_grad", "linear_weight_grad_"]
 
 ACTIVATIONS = ("none", "gelu", "silu", "swiglu")
-
-
-@triton.jit
-def sigmoid(x):  # type: ignore[no-untyped-def]
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
