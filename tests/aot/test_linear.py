@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megapar.ops.triton import gemm, linear_bias_grad, linear_weight_grad, tiles
 from megapar.ops.triton import linear as ops
-from megapar.ops.triton import linear_bias_grad, linear_weight_grad, tiles
 from megapar.ops.triton.ahead_of_time import Compiled, compile_launch
 from megapar.ops.triton.launch import Launch
 from tests.aot.common import TARGETS, Call, assert_lean, config, every_config, launches, meta
@@ -62,7 +62,7 @@ def in_every_tile(call: Call, arch: int) -> list[Launch]:
         return listed.pop(0)
 
     found = []
-    with mock.patch.object(ops, "choose", pick), mock.patch.object(linear_weight_grad, "choose", pick):
+    with mock.patch.object(gemm, "choose", pick):
         while listed or not found:
             found += launches(call, arch)
     return found

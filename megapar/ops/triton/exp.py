@@ -29,6 +29,9 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + e^-x) where accumulators leave few registers, of fp32. All in quarters, as the division of GPUs gives 0 for divisors above 2^126; below 2^-128 it is 0."""
+    """1 / (1 + e^-x) where accumulators leave few registers, of fp32; 0 below 2^-128.
+
+    In quarters, as the division of GPUs gives 0 for divisors above 2^126.
+    """
     n, part = _parts(-x)
     return 0.25 / (0.25 + part * tl.exp2(n - 2))
