@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from megapar.ops import dispatch
-from megapar.ops.triton import linear as bodies
-from megapar.ops.triton import linear_weight_grad
+from megapar.ops.triton import gemm
 from megapar.ops.triton.launch import A100, H100, Target
 from megapar.ops.triton.tiles import (
     ACCUMULATE,
@@ -82,8 +81,7 @@ EVERY = [(tile, epilogue) for epilogue in (PLAIN, SWIGLU, ACCUMULATE) for tile i
 @pytest.mark.parametrize(("tile", "epilogue"), EVERY, ids=lambda x: f"{x.m}x{x.n}" if isinstance(x, Tile) else "")
 def test_every_tile(tile, epilogue, monkeypatch):
     """At its edges, over more than GROUP_M tiles down: what small shapes would not choose. K products: gamma(K) |A| |B|, and a rounding."""
-    monkeypatch.setattr(bodies, "choose", lambda *_: tile)
-    monkeypatch.setattr(linear_weight_grad, "choose", lambda *_: tile)
+    monkeypatch.setattr(gemm, "choose", lambda *_: tile)
     m, n, k = 9 * tile.m + 1, tile.n + 3, tile.k + 5
     if epilogue is ACCUMULATE:
         a, b, target = normal(k, m, dtype=FP16), normal(k, n, dtype=FP16, seed=1), normal(m, n, dtype=torch.float32, seed=2)

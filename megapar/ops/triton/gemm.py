@@ -1,4 +1,4 @@
-"""The main loop of every GEMM: a tile of C = A B as one fp32 sum along K, in ascending order.
+"""The launch of every GEMM, and its main loop: a tile of C = A B as one fp32 sum along K, in ascending order.
 
 A [m, k] and B [k, n] are pointers with the distance of neighbours in either dimension; one that is 1 is known to the compiler, so that one
 loop serves every layout: rows of 16-byte vectors are copied along the dimension whose neighbours are adjacent. What a tile has beyond the
@@ -6,10 +6,58 @@ edges of A and B is 0, along K in both: 0 times infinity must not reach a result
 test_not_finite_stays_in_its_row). Offsets are int64: a row may start beyond 2^31 elements.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from megapar.ops.triton import autotune
 from megapar.ops.triton.floats import INTERPRET, widen
+from megapar.ops.triton.launch import ceil_div, launch, target_of
+from megapar.ops.triton.tiles import Epilogue, Tile, candidates, choose
+
+
+def launch_gemm(
+    kernel: Any, rows: int, columns: int, epilogue: Epilogue, args: tuple[Any, ...], *, updated: tuple[int, ...] = (), **constexprs: Any
+) -> None:
+    """A program for each tile of C [rows, columns]. args: of the kernel, A first. updated: which of them the kernel reads and writes."""
+    a, target = args[0], target_of(args[0].device)
+
+    def run(tile: Tile, given: tuple[Any, ...] = args) -> None:
+        grid = (ceil_div(rows, tile.m) * ceil_div(columns, tile.n),)
+        launch(kernel, grid, *given, **constexprs, **tile.options())
+
+    tile = choose(rows, columns, a.dtype, target, epilogue)
+    if a.device.type == "cuda" and rows * columns > 0 and autotune.asked():
+        key = _key(kernel, args, constexprs, f"sm_{target.arch}, {target.sms} SMs, {torch.cuda.get_device_name(a.device)}")
+        with torch.cuda.device(a.device):
+            timer = None if torch.cuda.is_current_stream_capturing() else timed_apart(run, args, updated)
+            tile = autotune.choices(autotune.cache_file()).fastest(key, candidates(a.dtype, target.arch, epilogue), tile, timer)
+    run(tile)
+
+
+def timed_apart(
+    run: Callable[[Tile, tuple[Any, ...]], None], args: tuple[Any, ...], updated: tuple[int, ...]
+) -> Callable[[Tile], float]:
+    """Median milliseconds of a tile, on copies of what so many launches must not update; all else the launch that follows overwrites."""
+
+    def milliseconds(tile: Tile) -> float:
+        copies = tuple(x.clone() if i in updated and x is not None else x for i, x in enumerate(args))
+        return float(triton.testing.do_bench(lambda: run(tile, copies), warmup=10, rep=50, return_mode="median"))
+
+    return milliseconds
+
+
+def _key(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any], device: str) -> str:
+    """Sizes and strides by value, dtypes of tensors; alpha and beta change no time."""
+    kinds = [str(x.dtype)[6:] if isinstance(x, Tensor) else type(x).__name__ if isinstance(x, float) else str(x) for x in args]
+    options = [f"{name}={value}" for name, value in sorted(constexprs.items())]
+    return ", ".join([kernel.__name__, *kinds, *options, device, f"triton {triton.__version__}"])
 
 
 @triton.jit

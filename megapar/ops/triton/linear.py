@@ -11,22 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from megapar.ops.triton.checks import check_float, check_same, named, require
+from megapar.ops.triton.exp import sigmoid
 from megapar.ops.triton.floats import load, round_to, store, widen
-from megapar.ops.triton.gemm import place, product
-from megapar.ops.triton.launch import ceil_div, launch, target_of
+from megapar.ops.triton.gemm import launch_gemm, place, product
 from megapar.ops.triton.linear_bias_grad import linear_bias_grad_
 from megapar.ops.triton.linear_weight_grad import linear_weight_grad_
 from megapar.ops.triton.rows import rows, stride, with_last
-from megapar.ops.triton.tiles import PLAIN, SLOPE, SWIGLU, SWIGLU_SLOPE, Tile, choose
+from megapar.ops.triton.tiles import PLAIN, SLOPE, SWIGLU, SWIGLU_SLOPE
 
 __all__ = ["linear", "linear_bias_grad_", "linear_input_grad", "linear_weight_grad_"]
 
 ACTIVATIONS = ("none", "gelu", "silu", "swiglu")
-
-
-@triton.jit
-def sigmoid(x):  # type: ignore[no-untyped-def]
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -124,9 +119,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
     flat, n = rows(x), out // 2 if pair else out
     y, z = x.new_empty(with_last(x, n)), x.new_empty(with_last(x, out) if save else (0,))
     t = flat.shape[0]
-    tile = choose(t, n, x.dtype, target_of(x.device), SWIGLU if pair else PLAIN)
     args = (flat, weight, bias, y, z if save else None, t, n, k, stride(flat), 1)
-    launch(linear_kernel, _grid(t, n, tile), *args, ACTIVATION=activation, **tile.options())
+    launch_gemm(linear_kernel, t, n, SWIGLU if pair else PLAIN, args, ACTIVATION=activation)
     return y, z
 
 
@@ -142,14 +136,10 @@ def linear_input_grad(dy: Tensor, weight: Tensor, z: Tensor | None, activation: 
         f"z must be {t} rows of {wide} in the dtype of dy: pass the pre-activation that forward saved",
     )
     dx = dy.new_empty(with_last(dy, wide))
-    tile = choose(t, n, dy.dtype, target_of(dy.device), {"none": PLAIN, "swiglu": SWIGLU_SLOPE}.get(activation, SLOPE))
+    epilogue = {"none": PLAIN, "swiglu": SWIGLU_SLOPE}.get(activation, SLOPE)
     args = (flat, weight, None if z is None else z.contiguous(), dx, t, n, k, stride(flat), 1)
-    launch(linear_input_grad_kernel, _grid(t, n, tile), *args, ACTIVATION=activation, **tile.options())
+    launch_gemm(linear_input_grad_kernel, t, n, epilogue, args, ACTIVATION=activation)
     return dx
-
-
-def _grid(t: int, n: int, tile: Tile) -> tuple[int]:
-    return (ceil_div(t, tile.m) * ceil_div(n, tile.n),)
 
 
 def _check_activation(name: str) -> None:

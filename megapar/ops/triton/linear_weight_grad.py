@@ -13,10 +13,9 @@ from torch import Tensor
 
 from megapar.ops.triton.checks import check_apart, check_float, check_same, check_target, require
 from megapar.ops.triton.floats import load, round_to, widen
-from megapar.ops.triton.gemm import place, product
-from megapar.ops.triton.launch import ceil_div, launch, target_of
+from megapar.ops.triton.gemm import launch_gemm, place, product
 from megapar.ops.triton.rows import rows, stride
-from megapar.ops.triton.tiles import ACCUMULATE, PLAIN, choose
+from megapar.ops.triton.tiles import ACCUMULATE, PLAIN
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -59,10 +58,10 @@ def linear_weight_grad_(
         non_finite is None or _is_number(non_finite, dy),
         "non_finite must be one float32 number beside dy, which becomes 1: convert it",
     )
-    tile = choose(m, n, dy.dtype, target_of(dy.device), PLAIN if beta == 0 else ACCUMULATE)
-    grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n),)
     args = (flat_dy, flat_x, target, scale, non_finite, t, m, n, stride(flat_dy), stride(flat_x), 1, float(alpha), float(beta))
-    launch(linear_weight_grad_kernel, grid, *args, ACCUMULATE=beta != 0, **tile.options())
+    epilogue = PLAIN if beta == 0 else ACCUMULATE
+    # Target and flag: sums of many launches could overflow.
+    launch_gemm(linear_weight_grad_kernel, m, n, epilogue, args, updated=(2, 4), ACCUMULATE=beta != 0)
 
 
 def _is_number(x: Tensor, dy: Tensor) -> bool:
