@@ -29,6 +29,18 @@ kernels_only = pytest.mark.skipif(dispatch.FORCED == "reference", reason="checks
 cpu_only = pytest.mark.skipif(
     dispatch.INTERPRETED or DEVICE != "cpu" or dispatch.FORCED == "reference", reason="about the compiled CPU kernels"
 )
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about CPU tensors")
+
+
+def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in fp32, of a CPU generator: the same on every device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE)
+
+
+def integers(low: int, high: int, *shape: int, seed: int) -> Tensor:
+    """int64 in [low, high), the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -60,6 +60,11 @@ def _kept(table: Uploaded) -> Uploaded:
     return table
 
 
+def host(numbers: Any, dtype: torch.dtype) -> Tensor:
+    """On the CPU, also where torch.set_default_device says otherwise: pinned memory is copied from there."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
+
+
 def upload(table: Tensor, device: torch.device) -> Uploaded:
     """Copies without waiting. Raises RuntimeError while a CUDA graph is captured, of which the copy would become a part."""
     if device.type != "cuda":
@@ -136,12 +141,12 @@ def _adamw(
 
 def adamw_rows(lists: tuple[Specs, ...], rows: Sequence[int], ids: Sequence[int], places: Sequence[int]) -> Tensor:
     """int64 [n, 11], see above. Without ids they are 0; without places each tensor is a whole logical one."""
-    table = torch.empty(len(rows), 11, dtype=torch.int64)
+    table = torch.empty(len(rows), 11, dtype=torch.int64, device="cpu")
     for i, weight in enumerate(lists[0]):
         numel = weight.numel
         place = places[3 * i : 3 * i + 3] or (0, max(numel, 1), max(numel, 1))
         addresses = [column[i].address if column else 0 for column in lists]
-        table[i] = torch.tensor([*addresses, numel, rows[i], ids[i] if ids else 0, *place])
+        table[i] = host([*addresses, numel, rows[i], ids[i] if ids else 0, *place], torch.int64)
     return table
 
 
@@ -162,9 +167,9 @@ def _grad_norm(grads: Specs, device: torch.device) -> tuple[Uploaded, tuple[Grou
 
 def grad_norm_rows(grads: Specs) -> tuple[Tensor, int]:
     """int64 [n, 3], see above, and the number of partial sums: NORM_CHUNK elements each, one tensor's after the other's."""
-    table, partials = torch.empty(len(grads), 3, dtype=torch.int64), 0
+    table, partials = torch.empty(len(grads), 3, dtype=torch.int64, device="cpu"), 0
     for i, grad in enumerate(grads):
-        table[i] = torch.tensor([grad.address, grad.numel, partials])
+        table[i] = host([grad.address, grad.numel, partials], torch.int64)
         partials += -(-grad.numel // NORM_CHUNK)
     return table, partials
 
@@ -181,13 +186,13 @@ def step_state_table(
 
 @functools.lru_cache(CACHED)
 def _step_state(rows: tuple[int, ...], beta1: tuple[float, ...], beta2: tuple[float, ...], device: torch.device) -> Uploaded:
-    return upload(torch.tensor([rows, beta1, beta2], dtype=torch.float64).T.contiguous(), device)
+    return upload(host([rows, beta1, beta2], torch.float64).T.contiguous(), device)
 
 
 @functools.lru_cache(CACHED)
 def constant(value: float, device: torch.device) -> Uploaded:
     """One float64 number."""
-    return upload(torch.tensor([value], dtype=torch.float64), device)
+    return upload(host([value], torch.float64), device)
 
 
 def groups_of(lists: tuple[Specs, ...], chunk: int, device: torch.device) -> tuple[Group, ...]:
@@ -212,10 +217,10 @@ def _chunks(tensors: tuple[int, ...], numels: tuple[int, ...], chunk: int, devic
 
 def chunks_of(tensors: Sequence[int], numels: Sequence[int], chunk: int) -> Tensor:
     """int32 [c, 2]: (tensor, its k-th chunk) for all chunks of `tensors`, which have `numels` elements."""
-    counts = torch.tensor([-(-n // chunk) for n in numels], dtype=torch.int64)
+    counts = host([-(-n // chunk) for n in numels], torch.int64)
     first = counts.cumsum(0) - counts
-    number = torch.arange(int(counts.sum())) - first.repeat_interleave(counts)
-    return torch.stack([torch.tensor(tensors, dtype=torch.int64).repeat_interleave(counts), number], -1).int()
+    number = torch.arange(int(counts.sum()), device="cpu") - first.repeat_interleave(counts)
+    return torch.stack([host(tensors, torch.int64).repeat_interleave(counts), number], -1).int()
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapar.ops.triton.checks import FLOATS, named, require
+from megapar.ops.checks import FLOATS, named, require
 
 
 class Spec(NamedTuple):

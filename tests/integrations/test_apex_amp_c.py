@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapar.integrations.apex import adam, amp_c, multi_tensor_applier
 from megapar.ops.dispatch import FORCED
-from tests.row_ops import kernels_only
+from tests.row_ops import drawn, kernels_only
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, FP16]
@@ -24,7 +24,7 @@ def flag(value: int = 0) -> Tensor:
 
 def draw(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+    return [drawn(n, generator=generator).to(dtype) for n in sizes]
 
 
 def places(sizes: list[int]) -> list[tuple[int, int]]:
@@ -361,7 +361,7 @@ def refused() -> dict[str, tuple[Any, str]]:
         "lengths": (lambda: amp_c.multi_tensor_scale(CHUNK, one, [x, y], 1.0), r"lengths \[2, 1\]: give 2 of one length, for in, out"),
         "depth": (lambda: amp_c.multi_tensor_l2norm(CHUNK, one, [x, x]), r"lengths \[2, 2\]: give 1 of one length"),
         "shapes": (lambda: amp_c.multi_tensor_scale(CHUNK, one, [y, x[1:]], 1.0), r"out\[0\] has shape \(3,\) and in\[0\] \(4,\)"),
-        "devices": (lambda: amp_c.multi_tensor_scale(CHUNK, one, [y, meta], 1.0), r"out\[0\] is on meta and noop_flag on cpu"),
+        "devices": (lambda: amp_c.multi_tensor_scale(CHUNK, one, [y, meta], 1.0), rf"out\[0\] is on meta and noop_flag on {one.device}"),
         "integers": (lambda: amp_c.multi_tensor_l2norm(CHUNK, one, [[flag()]]), r"x\[0\] has dtype torch.int32 and must be"),
         "doubles": (lambda: amp_c.multi_tensor_scale(CHUNK, one, [y, [y[0].double()]], 1.0), r"out\[0\] has dtype torch.float64"),
         "flag": (lambda: amp_c.multi_tensor_l2norm(CHUNK, torch.zeros(1), [x]), "noop_flag is torch.float32 .* must be one torch.int32"),
@@ -373,7 +373,7 @@ def refused() -> dict[str, tuple[Any, str]]:
         "lr tensor": (lambda: capturable(good, 0, torch.ones((), dtype=torch.float64)), "lr is torch.float64 .* one torch.float32 number"),
         "step": (lambda: capturable(good, 4, torch.ones(1)), "step is torch.float32 .* one torch.int32 number"),
         "expanded": (lambda: capturable([[torch.ones(1, 1).expand(3, 4)], *good[1:]], 0, torch.ones(1)), r"g\[0\] has strides \(0, 0\)"),
-        "unscale": (lambda: capturable(good, 8, torch.ones(1, device="meta")), "inv_scale is .* on meta and must be .* on cpu"),
+        "unscale": (lambda: capturable(good, 8, torch.ones(1, device="meta")), f"inv_scale is .* on meta and must be .* on {one.device}"),
         "strides": (lambda: adam.multi_tensor_adam(CHUNK, one, strided, *numbers(False)), r"exp_avgs\[0\] has strides \[1, 3\]"),
         "moments": (lambda: adam.multi_tensor_adam(CHUNK, one, half, *numbers(False)), r"exp_avgs\[0\] has dtype Half .* must be float32"),
         "master": (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapar.integrations.apex import FusedAdam, MultiTensorApply, multi_tensor_applier
+from tests.row_ops import DEVICE, drawn
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # A large eps keeps Adam smooth: where g is near 0 its update would otherwise be the sign of rounding.
@@ -26,7 +27,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def backward(model: nn.Module, step: int) -> Tensor:
     generator, dtype = torch.Generator().manual_seed(step), next(model.parameters()).dtype
-    x, y = torch.randn(16, 7, generator=generator).to(dtype), torch.randn(16, 3, generator=generator).to(dtype)
+    x, y = drawn(16, 7, generator=generator).to(dtype), drawn(16, 3, generator=generator).to(dtype)
     loss = F.mse_loss(model(x), y)
     loss.backward()
     return loss
@@ -82,7 +83,7 @@ def test_masters_are_used(dtype):
     ours, without = FusedAdam([low], lr=1e-4, **MASTERS), FusedAdam([lost], lr=1e-4)
     theirs = torch.optim.AdamW([high], lr=float(torch.tensor(1e-4)), weight_decay=0.0)
     for i in range(100):
-        grad = (torch.randn(501, generator=torch.Generator().manual_seed(i)) / 4 + 1).to(dtype)
+        grad = (drawn(501, generator=torch.Generator().manual_seed(i)) / 4 + 1).to(dtype)
         low.grad, lost.grad, high.grad = grad, grad, grad.float()
         for optimizer in (theirs, without, ours):
             optimizer.step()
@@ -106,7 +107,7 @@ def test_moments_are_not_rounded(dtype, options):
     low, high = nn.Parameter(torch.ones(100, dtype=dtype)), nn.Parameter(torch.ones(100))
     ours, theirs = FusedAdam([low], **options), FusedAdam([high])
     for i in range(3):
-        grad = torch.randn(100, generator=torch.Generator().manual_seed(i)).to(dtype)
+        grad = drawn(100, generator=torch.Generator().manual_seed(i)).to(dtype)
         low.grad, high.grad = grad, grad.float()
         ours.step()
         theirs.step()
@@ -185,12 +186,12 @@ def test_grad_scaler(options, unscale):
     """The steps without a scaler, with those that overflow left out; the first and a later one do. `unscale_` unscales once."""
     ours, plain = model_of(), model_of()
     optimizer, other = FusedAdam(ours.parameters(), **options, **SMOOTH), FusedAdam(plain.parameters(), **SMOOTH)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**13)
     bad = {0: float("inf"), 3: float("nan")}
     for i in range(6):
         optimizer.zero_grad()
         other.zero_grad()
-        x = torch.randn(16, 7, generator=torch.Generator().manual_seed(i))
+        x = drawn(16, 7, generator=torch.Generator().manual_seed(i))
         scaler.scale(ours(x).square().mean()).backward()
         plain(x).square().mean().backward()
         if i in bad:
@@ -211,7 +212,7 @@ def test_grad_scaler(options, unscale):
 @SCALED
 def test_grad_scaler_with_masters():
     model = model_of(FP16)
-    optimizer, scaler = FusedAdam(model.parameters(), **MASTERS), torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    optimizer, scaler = FusedAdam(model.parameters(), **MASTERS), torch.amp.GradScaler(DEVICE, init_scale=2.0**6)
     scaler.scale(backward(model, 0))
     before = copy.deepcopy(model)
     model[2].bias.grad[-1] = float("inf")
@@ -294,7 +295,7 @@ def test_refusals():
         optimizer.step()
     with pytest.raises(ValueError, match=r"a parameter has dtype torch\.float64"):
         FusedAdam([nn.Parameter(torch.ones(2, dtype=torch.float64))])
-    with pytest.raises(ValueError, match="parameters of a group are on cpu and meta: make a group of each"):
+    with pytest.raises(ValueError, match=f"parameters of a group are on {p.device} and meta: make a group of each"):
         FusedAdam([p, nn.Parameter(torch.ones(2, device="meta"))])
 
 

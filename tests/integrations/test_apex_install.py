@@ -76,7 +76,7 @@ X, DY, DW = torch.ones(4, 3), torch.ones(4, 2), torch.ones(2, 3)
         ("fp32", (X, DY, DW.bfloat16()), r"d_weight has dtype torch\.bfloat16 and must be float32"),
         ("fp16", (X, DY, DW), "both must be bfloat16, or both float16"),
         ("fp16", (X.half(), DY.half(), DW.bfloat16()), "both must be bfloat16, or both float16"),
-        ("fp32", (X, DY, DW.to("meta")), "input is on cpu and d_weight on meta"),
+        ("fp32", (X, DY, DW.to("meta")), f"input is on {X.device} and d_weight on meta"),
         pytest.param("fp32", (X, torch.ones(5, 2), DW), "dy has 5 rows and x 4", marks=kernels_only),
         pytest.param("fp32", (X, DY, torch.ones(3, 2)), r"shape \[3, 2\].* must be a contiguous \[2, 3\]", marks=kernels_only),
         pytest.param("fp32", (X, DY, torch.ones(3, 2).t()), r"shape \[2, 3\] and strides \[1, 2\]", marks=kernels_only),

@@ -24,6 +24,7 @@ from tests.row_ops import (
     check_op,
     each_number_of_threads,
     examples,
+    integers,
     kernels_only,
     normal,
     strided,
@@ -140,7 +141,7 @@ def check(z: Tensor, index: Tensor, smoothing: float, z_loss: float, dloss: Tens
 def test_against_fp64(t, v, dtype, smoothing, z_loss, scale, layout):
     z = normal(t, v, dtype=dtype, scale=scale)
     z = torch.cat([z, torch.full_like(z, torch.nan)], 1)[:, :v] if layout == "wide rows" else strided(z) if layout == "gaps" else z
-    index = torch.randint(-1, v, (t,), generator=torch.Generator().manual_seed(v))
+    index = integers(-1, v, t, seed=v)
     check(z, index, smoothing, z_loss, normal(t, dtype=torch.float32, seed=1))
 
 

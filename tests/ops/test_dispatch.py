@@ -30,7 +30,7 @@ def test_no_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "FORCED", None)
     monkeypatch.setattr(dispatch, "MISSING", {"cpu": "the CPU kernels are not built: do this", "cuda": None})
     with pytest.raises(RuntimeError, match="the CPU kernels are not built: do this"):
-        dispatch.use_reference(torch.zeros(1))
+        dispatch.use_reference(torch.zeros(1, device="cpu"))
     assert not dispatch.use_reference_on("cuda")
     with pytest.raises(RuntimeError, match="no kernels for mps: set MEGAPAR_BACKEND=reference"):
         dispatch.use_reference_on("mps")

@@ -8,7 +8,19 @@ from torch import Tensor
 
 from megapar.ops import dispatch
 from megapar.ops.dropout import dropout, dropout_key, dropout_reference, dropout_rows
-from tests.row_ops import DTYPES, ROWS, WIDTHS, check_op, each_number_of_threads, examples, kernels_only, normal, strided
+from tests.row_ops import (
+    DEVICE,
+    DTYPES,
+    ROWS,
+    WIDTHS,
+    check_op,
+    each_number_of_threads,
+    examples,
+    integers,
+    kernels_only,
+    normal,
+    strided,
+)
 
 KEY = dropout_key(1, 2, 3)
 of_the_hash = pytest.mark.skipif(
@@ -49,7 +61,7 @@ def kept(t: int, h: int, p: float = 0.5, rows: Tensor | None = None, key: int = 
 def test_rows_keep_their_masks_wherever_they_are():
     """Any order of the rows, any cut of the features, any layout of the leading dimensions."""
     whole, rows = kept(20, 50), rows_of(20)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     assert torch.equal(kept(20, 50, rows=rows[order]), whole[order])
     assert torch.equal(torch.cat([kept(20, 13), kept(20, 37, column=13)], 1), whole)
     folded = dropout(torch.ones(4, 5, 50), 0.5, rows.view(4, 5), KEY)
@@ -95,7 +107,7 @@ def test_rate(p):
 @of_the_hash
 def test_avalanche():
     """Each bit of the row's key and of the column flips half of the hash: half of the masks at p = 1/2, which is its highest bit."""
-    rows = torch.randint(-(2**62), 2**62, (4000,), generator=torch.Generator().manual_seed(0))
+    rows = integers(-(2**62), 2**62, 4000, seed=0)
     base = kept(4000, 16, rows=rows)
     for bit in range(64):
         flipped = rows ^ (1 << bit if bit < 63 else -(2**63))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megapar.ops import dispatch
 from megapar.ops.grad_norm import grad_norm_
-from tests.row_ops import cpu_only, examples
+from tests.row_ops import cpu_only, drawn, examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of the relative error of the sum: fp64 for fp32; 35 roundings of 2^-24 in the fp32 lanes of 16-bit gradients.
@@ -45,7 +45,7 @@ tensors = st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(EDGES), st
 @given(tensors, st.integers(0, 2**31), st.data())
 def test_right_and_the_same_however_it_is_cut(specs, seed, data):
     generator = torch.Generator().manual_seed(seed)
-    grads = [(torch.randn(n, generator=generator) * scale).to(dtype) for dtype, n, scale in specs]
+    grads = [(drawn(n, generator=generator) * scale).to(dtype) for dtype, n, scale in specs]
     squares, nonfinite, zeros = total_of(grads)
     worst = max((BOUND[dtype] for dtype, *_ in specs), default=0)
     assert math.sqrt(squares) == pytest.approx(math.sqrt(exact(grads)), rel=worst, abs=0)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,6 @@ OPS = torch.ops.megapar
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device=DEVICE, dtype=dtype)
-
-
-@pytest.fixture(autouse=True)
-def on_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
 
 
 @cpu_only

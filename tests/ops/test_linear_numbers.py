@@ -36,8 +36,7 @@ def one_thread() -> Iterator[None]:
     """Threads change no bit, but beside other processes they wait for each other for longer than small sizes compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.device(DEVICE):
-        yield
+    yield
     torch.set_num_threads(before)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapar.ops.rope import rope_angles, rope_qkv, rope_qkv_backward_reference, rope_qkv_reference
-from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, examples, kernels_only, normal
+from tests.row_ops import DTYPES, FP32, UNIT, assert_within, check_op, each_number_of_threads, examples, integers, kernels_only, normal
 
 op, op_backward = torch.ops.megapar.rope_qkv.default, torch.ops.megapar.rope_qkv_backward.default
 
@@ -43,7 +43,7 @@ def test_against_fp64(b, s, heads, d, dtype, layout):
         view = base[:, 3 : 3 + width] if layout == "wide rows" else base[:, 3::2][:, :width]
         qkv = view.copy_(qkv)
     qkv = qkv.detach().requires_grad_()
-    position_ids = torch.randint(0, 5000, (t,), generator=torch.Generator().manual_seed(t))
+    position_ids = integers(0, 5000, t, seed=t)
     outputs = rope_qkv(qkv, *rope_angles(position_ids, d, 100.0), b=b, q_heads=q_heads, kv_heads=kv_heads)
     wide = qkv.detach().double().requires_grad_()
     exact = turned(wide, position_ids, 100.0, b, q_heads, kv_heads)

@@ -14,6 +14,7 @@ from megapar.grads import MainGrads
 from megapar.optim.noise import parts_of, place_of
 from megapar.params import Piece
 from tests.counting import counted
+from tests.row_ops import DEVICE, drawn
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # A large eps keeps AdamW smooth: where g is near 0 its update would otherwise be the sign of rounding.
@@ -38,7 +39,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def backward(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    x, y = torch.randn(16, 7, generator=generator).to(dtype), torch.randn(16, 3, generator=generator).to(dtype)
+    x, y = drawn(16, 7, generator=generator).to(dtype), drawn(16, 3, generator=generator).to(dtype)
     loss = F.mse_loss(model(x), y)
     loss.backward()
     return loss
@@ -131,7 +132,7 @@ def test_masters_keep_what_16_bits_lose(master):
     low, high = nn.Parameter(start.clone()), nn.Parameter(start.float())
     ours, theirs = FusedAdamW([low], lr=1e-5, master_weights=master), torch.optim.AdamW([high], lr=1e-5)
     for i in range(200):
-        grad = torch.randn(501, generator=torch.Generator().manual_seed(i)).bfloat16()
+        grad = drawn(501, generator=torch.Generator().manual_seed(i)).bfloat16()
         low.grad, high.grad = grad, grad.float()
         ours.step()
         theirs.step()
@@ -242,11 +243,11 @@ def test_grad_scaler(max_norm, unscale):
         FusedAdamW(ours.parameters(), max_norm=max_norm, **SMOOTH),
         FusedAdamW(plain.parameters(), max_norm=max_norm, **SMOOTH),
     )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**13)
     for i in range(6):
         optimizer.zero_grad()
         other.zero_grad()
-        x = torch.randn(16, 7, generator=torch.Generator().manual_seed(i))
+        x = drawn(16, 7, generator=torch.Generator().manual_seed(i))
         scaler.scale(ours(x).square().mean()).backward()
         plain(x).square().mean().backward()
         if i == 2:
@@ -265,7 +266,7 @@ def test_grad_scaler(max_norm, unscale):
 
 def test_grad_scaler_is_refused_with_main_grads():
     model = model_of()
-    optimizer, scaler = FusedAdamW(model.parameters()), torch.amp.GradScaler("cpu")
+    optimizer, scaler = FusedAdamW(model.parameters()), torch.amp.GradScaler(DEVICE)
     grads = MainGrads(model.parameters())
     scaler.scale(backward(model, 0))
     grads.finish()
@@ -371,6 +372,7 @@ def test_parameters_that_do_not_go_with_the_options():
     shard = ColumnParallelLinear(4, 2, tp=Axis.layout("tp", 0, 2))
     with pytest.raises(ValueError, match=r"a parameter of shape \(1, 4\) is a shard"):
         FusedAdamW(shard.parameters(), max_norm=1.0)
+    param = nn.Parameter(torch.ones(2))
     FusedAdamW(shard.parameters())  # without a norm each element is updated by itself
-    with pytest.raises(ValueError, match="parameters are on cpu and meta: use one optimizer for each"):
-        FusedAdamW([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))])
+    with pytest.raises(ValueError, match=f"parameters are on {param.device} and meta: use one optimizer for each"):
+        FusedAdamW([param, nn.Parameter(torch.ones(2, device="meta"))])

@@ -14,7 +14,7 @@ from megapar.optim.grad_norm import gradient_totals
 from tests.counting import counted
 from tests.parity import boxes, logical
 
-TOKENS = torch.randint(0, 17, (1, 8), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 17, (1, 8), generator=torch.Generator().manual_seed(0), device="cpu")
 CONFIGS = [
     DecoderConfig(
         hidden_size=24, layers=1, heads=4, kv_heads=kv_heads, ffn_size=13, bias=True, tied_embeddings=tied, norm=norm, init_std=0.2

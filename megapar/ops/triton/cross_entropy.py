@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapar.ops.triton.checks import check_float, named, require
+from megapar.ops.checks import check_float, named, require
 from megapar.ops.triton.exp import exp
 from megapar.ops.triton.floats import load, store
 from megapar.ops.triton.launch import ceil_div, launch

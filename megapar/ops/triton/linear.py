@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapar.ops.triton.checks import check_float, check_same, named, require
+from megapar.ops.checks import check_float, check_same, named, require
 from megapar.ops.triton.exp import sigmoid
 from megapar.ops.triton.floats import load, round_to, store, widen
 from megapar.ops.triton.gemm import launch_gemm, place, product

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapar.ops.triton.checks import check_apart, check_float, check_same, check_target, require
+from megapar.ops.checks import check_apart, check_float, check_same, check_target, require
 from megapar.ops.triton.floats import load, round_to, widen
 from megapar.ops.triton.gemm import launch_gemm, place, product
 from megapar.ops.triton.rows import rows, stride

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapar.ops.triton.checks import check_float, check_same, named, require
+from megapar.ops.checks import check_float, check_same, named, require
 from megapar.ops.triton.floats import load, round_to, store
 from megapar.ops.triton.launch import ceil_div, launch
 

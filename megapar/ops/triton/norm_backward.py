@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapar.ops.triton.checks import check_float
+from megapar.ops.checks import check_float
 from megapar.ops.triton.floats import load, store
 from megapar.ops.triton.launch import ceil_div, launch, target_of
 from megapar.ops.triton.norm import CHUNK, Tile, check_shape, check_statistic, check_weight, tile
