@@ -57,8 +57,8 @@ def in_every_tile(call: Call, arch: int) -> list[Launch]:
     """What `call` would launch, in each tile that dispatch may choose for it."""
     listed: list[tiles.Tile] = []
 
-    def pick(rows, columns, dtype, target, epilogue):
-        listed[:] = listed or tiles.candidates(dtype, target.arch, epilogue)
+    def pick(rows, columns, dtype, target, epilogue, vectors):
+        listed[:] = listed or tiles.candidates(dtype, target.arch, epilogue, vectors)
         return listed.pop(0)
 
     found = []

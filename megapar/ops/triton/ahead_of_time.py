@@ -54,8 +54,8 @@ class Compiled:
 
     def occupancy(self) -> float:
         """Of the warps that a multiprocessor can hold, the share that registers and shared memory leave room for."""
-        warps = {75: 32, 80: 64, 90: 64, 100: 64}[self.arch]
-        shared = {75: 64, 80: 164, 90: 228, 100: 228}[self.arch] * 1024
+        warps = {75: 32, 80: 64, 90: 64, 100: 64, 120: 48}[self.arch]
+        shared = {75: 64, 80: 164, 90: 228, 100: 228, 120: 100}[self.arch] * 1024
         per_warp = -(-max(self.registers, 1) * 32 // 256) * 256
         programs = min(65536 // (per_warp * self.num_warps), warps // self.num_warps, 32 if self.arch >= 80 else 16)
         return min(programs, shared // (self.shared + 1024)) * self.num_warps / warps

@@ -23,21 +23,33 @@ from megapar.ops.triton.tiles import Epilogue, Tile, candidates, choose
 
 
 def launch_gemm(
-    kernel: Any, rows: int, columns: int, epilogue: Epilogue, args: tuple[Any, ...], *, updated: tuple[int, ...] = (), **constexprs: Any
+    kernel: Any,
+    rows: int,
+    columns: int,
+    epilogue: Epilogue,
+    args: tuple[Any, ...],
+    *,
+    widths: tuple[int, ...],
+    updated: tuple[int, ...] = (),
+    **constexprs: Any,
 ) -> None:
-    """A program for each tile of C [rows, columns]. args: of the kernel, A first. updated: which of them the kernel reads and writes."""
+    """A program for each tile of C [rows, columns].
+
+    args: of the kernel, A first. widths: how far its tensors' rows are apart. updated: which arguments the kernel reads and writes.
+    """
     a, target = args[0], target_of(args[0].device)
 
     def run(tile: Tile, given: tuple[Any, ...] = args) -> None:
         grid = (ceil_div(rows, tile.m) * ceil_div(columns, tile.n),)
         launch(kernel, grid, *given, **constexprs, **tile.options())
 
-    tile = choose(rows, columns, a.dtype, target, epilogue)
+    vectors = all(x % 16 == 0 or x == 1 for x in widths)
+    tile = choose(rows, columns, a.dtype, target, epilogue, vectors)
     if a.device.type == "cuda" and rows * columns > 0 and autotune.asked():
         key = _key(kernel, args, constexprs, f"sm_{target.arch}, {target.sms} SMs, {torch.cuda.get_device_name(a.device)}")
         with torch.cuda.device(a.device):
             timer = None if torch.cuda.is_current_stream_capturing() else timed_apart(run, args, updated)
-            tile = autotune.choices(autotune.cache_file()).fastest(key, candidates(a.dtype, target.arch, epilogue), tile, timer)
+            tile = autotune.choices(autotune.cache_file()).fastest(key, candidates(a.dtype, target.arch, epilogue, vectors), tile, timer)
     run(tile)
 
 

@@ -120,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
     y, z = x.new_empty(with_last(x, n)), x.new_empty(with_last(x, out) if save else (0,))
     t = flat.shape[0]
     args = (flat, weight, bias, y, z if save else None, t, n, k, stride(flat), 1)
-    launch_gemm(linear_kernel, t, n, SWIGLU if pair else PLAIN, args, ACTIVATION=activation)
+    launch_gemm(linear_kernel, t, n, SWIGLU if pair else PLAIN, args, widths=(n, k, stride(flat)), ACTIVATION=activation)
     return y, z
 
 
@@ -138,7 +138,7 @@ def linear_input_grad(dy: Tensor, weight: Tensor, z: Tensor | None, activation: 
     dx = dy.new_empty(with_last(dy, wide))
     epilogue = {"none": PLAIN, "swiglu": SWIGLU_SLOPE}.get(activation, SLOPE)
     args = (flat, weight, None if z is None else z.contiguous(), dx, t, n, k, stride(flat), 1)
-    launch_gemm(linear_input_grad_kernel, t, n, epilogue, args, ACTIVATION=activation)
+    launch_gemm(linear_input_grad_kernel, t, n, epilogue, args, widths=(n, k, stride(flat)), ACTIVATION=activation)
     return dx
 
 

@@ -24,16 +24,19 @@ CHUNK, BLOCK_M, BLOCK_N, NUM_WARPS = 512, 32, 128, 4
 def linear_bias_grad_kernel(  # type: ignore[no-untyped-def]
     dy, target, t, n, dy_stride, chunk, beta, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Row i of target becomes the sum of rows i chunk to (i + 1) chunk of dy [t, n]. ACCUMULATE: beta is not 0."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, place = tl.program_id(1) * chunk, tl.arange(0, BLOCK_M)
+    """Row i of target becomes the sum of rows i chunk to (i + 1) chunk of dy [t, n]. ACCUMULATE: beta is not 0.
+
+    Chunks are the first dimension of the grid: a second one may not pass 65535.
+    """
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, place = tl.program_id(0) * chunk, tl.arange(0, BLOCK_M)
     last = min(first + chunk, t)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_M):
         row = start + place
         total += load(dy + row.to(tl.int64)[:, None] * dy_stride + column[None, :], (row[:, None] < last) & (column[None, :] < n))
     result = tl.sum(total, 0)
-    target += tl.program_id(1).to(tl.int64) * n + column
+    target += tl.program_id(0).to(tl.int64) * n + column
     if ACCUMULATE:
         result += beta * load(target, column < n)
     store(target, result, column < n)
@@ -56,4 +59,4 @@ def _sum(x: Tensor, target: Tensor, chunk: int, beta: float) -> None:
     (t, n), count = x.shape, max(ceil_div(x.shape[0], chunk), 1)
     options = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
     args = (x, target, t, n, stride(x), chunk, beta)
-    launch(linear_bias_grad_kernel, (ceil_div(n, BLOCK_N), count), *args, ACCUMULATE=beta != 0, **options)
+    launch(linear_bias_grad_kernel, (count, ceil_div(n, BLOCK_N)), *args, ACCUMULATE=beta != 0, **options)

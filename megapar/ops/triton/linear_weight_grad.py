@@ -20,7 +20,7 @@ from megapar.ops.triton.tiles import ACCUMULATE, PLAIN
 
 @triton.jit(do_not_specialize=["t"])
 def linear_weight_grad_kernel(  # type: ignore[no-untyped-def]
-    dy, x, target, scale, non_finite, t, m, n, dy_stride, x_stride, one, alpha, beta, ACCUMULATE: tl.constexpr,
+    dy, x, target, scale, non_finite, t, m, n, dy_stride, x_stride, one, alpha: tl.float64, beta, ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """target [m, n] from dy [t, m] and x [t, n]. ACCUMULATE: beta is not 0; where it is, the target is not read, which may hold NaN."""
@@ -29,8 +29,8 @@ def linear_weight_grad_kernel(  # type: ignore[no-untyped-def]
     mask = (row[:, None] < m) & (column[None, :] < n)
     target += row.to(tl.int64)[:, None] * n + column[None, :]
     if scale is not None:
-        alpha *= tl.load(scale)
-    total *= alpha
+        alpha = alpha * tl.load(scale).to(tl.float64)  # their product may be a number of fp32 where alpha is none
+    total *= tl.full((), alpha, tl.float64).to(tl.float32)
     if ACCUMULATE:
         total += beta * load(target, mask)
     result = round_to(total, target.dtype.element_ty)
@@ -61,7 +61,8 @@ def linear_weight_grad_(
     args = (flat_dy, flat_x, target, scale, non_finite, t, m, n, stride(flat_dy), stride(flat_x), 1, float(alpha), float(beta))
     epilogue = PLAIN if beta == 0 else ACCUMULATE
     # Target and flag: sums of many launches could overflow.
-    launch_gemm(linear_weight_grad_kernel, m, n, epilogue, args, updated=(2, 4), ACCUMULATE=beta != 0)
+    widths = (m, n, stride(flat_dy), stride(flat_x))
+    launch_gemm(linear_weight_grad_kernel, m, n, epilogue, args, widths=widths, updated=(2, 4), ACCUMULATE=beta != 0)
 
 
 def _is_number(x: Tensor, dy: Tensor) -> bool:

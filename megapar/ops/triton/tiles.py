@@ -12,6 +12,8 @@ What bounds a tile:
     shared       num_stages (m + n) k bytes a number, of what a program may have. Four stages hide the latency of the copies; fewer where
                  they do not fit. One large program a multiprocessor is what is meant, and three of the smallest.
     instruction  wgmma and tcgen05 take 64 rows for four warps: no tile is lower.
+    vectors      rows whose width is no multiple of 16 elements are copied and stored element by element, whose addresses take registers:
+                 only the smallest tile has them to spare.
     FMA          fp32 is multiplied as it is, and Triton 3.7.1 has no tensor cores on sm_75: there an operand's part of a step is in
                  registers too, so the tile is small and the step short.
 """
@@ -61,37 +63,49 @@ GROUP_M = 8
 MAX_STAGES = 4
 FEW_REGISTERS = 128
 """Of a thread with 32 accumulators on sm_100: left to itself, the assembler takes 80 for a slope, and spills. On sm_80 128 would spill."""
+MORE_REGISTERS = 168
+"""The same where rows are no whole vectors, and each element has an address of its own: three programs a multiprocessor."""
 SHARED = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """KiB that one program may have; 99 on the other architectures."""
-FLOPS = {75: 1024, 80: 2048, 90: 4096, 100: 8192}
+FLOPS = {75: 1024, 80: 2048, 90: 4096, 100: 8192, 120: 2048}
 """Dense 16-bit FLOPs a cycle of a multiprocessor: the datasheet's peak over clock and count. Of another architecture: the one below it."""
 L2_BYTES = 64
 """A cycle of a multiprocessor, from the L2 cache."""
 
 
-def choose(rows: int, columns: int, dtype: torch.dtype, target: Target, epilogue: Epilogue) -> Tile:
-    """For C [rows, columns] from operands of `dtype`; `columns` are those of one accumulator where there are two."""
-    return min(candidates(dtype, target.arch, epilogue), key=lambda tile: cycles(tile, rows, columns, dtype, target, epilogue))
+def choose(rows: int, columns: int, dtype: torch.dtype, target: Target, epilogue: Epilogue, vectors: bool = True) -> Tile:
+    """For C [rows, columns] from operands of `dtype`; `columns` are those of one accumulator where there are two.
+
+    vectors: whether every row starts at a multiple of 16 elements, in all tensors.
+    """
+    found = candidates(dtype, target.arch, epilogue, vectors)
+    return min(found, key=lambda tile: cycles(tile, rows, columns, dtype, target, epilogue))
 
 
-def candidates(dtype: torch.dtype, arch: int, epilogue: Epilogue) -> list[Tile]:
+def candidates(dtype: torch.dtype, arch: int, epilogue: Epilogue, vectors: bool = True) -> list[Tile]:
     """Every tile that `choose` may return for this architecture, the largest first: of equal ones it is chosen."""
     if dtype == torch.float32 or arch < 80:
         return [Tile(*size, num_stages=2) for size in FMA]
     found = []
-    for m, n, k, warps in TENSOR_CORE:
+    for m, n, k, warps in TENSOR_CORE if vectors else TENSOR_CORE[-1:]:
         numbers = m * n // (32 * warps)
         if registers_fit(numbers, arch, epilogue):
             stages = min(shared(arch) // stage_bytes(m, n, k, dtype, epilogue), MAX_STAGES)
-            few = arch >= 100 and numbers * epilogue.accumulators <= 32
-            found.append(Tile(m, n, k, warps, stages, FEW_REGISTERS if few else None))
+            few = datacenter_blackwell(arch) and numbers * epilogue.accumulators <= 32
+            found.append(Tile(m, n, k, warps, stages, (FEW_REGISTERS if vectors else MORE_REGISTERS) if few else None))
     return found
+
+
+def datacenter_blackwell(arch: int) -> bool:
+    """tcgen05; sm_120 has the mma.sync of sm_80."""
+    return 100 <= arch < 120
 
 
 def registers_fit(numbers: int, arch: int, epilogue: Epilogue) -> bool:
     """numbers: of one tile, a thread."""
     accumulators = numbers * epilogue.accumulators
-    return accumulators <= (64 if arch < 90 else 128) and accumulators + numbers * epilogue.reads <= 128
+    operands_in_registers = arch < 90 or arch >= 120
+    return accumulators <= (64 if operands_in_registers else 128) and accumulators + numbers * epilogue.reads <= 128
 
 
 def shared(arch: int) -> int:
