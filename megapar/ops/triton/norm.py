@@ -1,9 +1,9 @@
 """RMSNorm, and LayerNorm where CENTRED. Formulas and bytes: megapar/ops/rms_norm.py and layer_norm.py.
 
-Forward, a program holds ROWS whole rows in registers, or walks one row that is wider than WIDEST twice (three times for a mean), and finds
-it in L2 after the first. Backward, a program takes every programs-th group of ROWS rows and sums its share of dw and db in registers. It
-writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time. Rows beyond
-WIDEST_BACKWARD would spill those sums: theirs are made by columns, in a kernel of their own that reads dy and s again.
+Forward, a program holds ROWS whole rows in registers, or walks one row that is too wide for that (`held`) twice (three times for a mean),
+and finds it in L2 after the first. Backward, a program takes every programs-th group of ROWS rows and sums its share of dw and db in
+registers. It writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time. Rows
+that are not held would spill those sums: theirs are made by columns, in a kernel of their own that reads dy and s again.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def tile(h: int) -> Tile:
     accesses of 16 bits, and 16 warps at most. 512 is left out, to compile less: such rows use half of 1024."""
     block = 256 if h <= 256 else max(triton.next_power_of_2(h), 1024)
     return Tile(1024 // block if block < 1024 else 1, block, min(max(block // 512, 4), 16))
+
+
+def held(h: int, widest: int) -> bool:
+    """Whether registers hold a row. Where rows are no whole vectors each element has an address, for which only short ones have room."""
+    return h <= (1024 if h % 16 else widest)
 
 
 @triton.jit
@@ -197,8 +202,8 @@ def forward(
     y, s, rstd = torch.empty_like(x), x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if centred else None
     args = (x, residual, weight, bias, y, s, mean, rstd)
-    if h > WIDEST:
-        launch(norm_wide_kernel, (t,), *args, h, eps, CENTRED=centred, BLOCK=CHUNK, num_warps=8)
+    if not held(h, WIDEST):
+        launch(norm_wide_kernel, (t,), *args, h, eps, CENTRED=centred, BLOCK=CHUNK, num_warps=8, maxnreg=128)
     else:
         shape = tile(h)
         options = shape.options(centred, 128 if shape.num_warps == 16 else 64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megapar.ops.checks import check_float
 from megapar.ops.triton.floats import load, store
 from megapar.ops.triton.launch import ceil_div, launch, target_of
-from megapar.ops.triton.norm import CHUNK, Tile, check_shape, check_statistic, check_weight, tile
+from megapar.ops.triton.norm import CHUNK, Tile, check_shape, check_statistic, check_weight, held, tile
 
 WIDEST_BACKWARD = 8192
 ROWS_A_PROGRAM, WARPS_AN_SM = 8, 16
@@ -132,11 +132,11 @@ def backward(
     t = s.numel() // max(h, 1)
     dx, dw = torch.empty_like(s), torch.empty_like(weight)
     db = torch.empty_like(weight) if centred else None
-    shape, wide = tile(min(h, WIDEST_BACKWARD)), h > WIDEST_BACKWARD
+    shape, wide = tile(min(h, WIDEST_BACKWARD)), not held(h, WIDEST_BACKWARD)
     count = programs(t, target_of(s.device).sms, shape)
     partial = s.new_empty(count, 2 * h if centred else h, dtype=torch.float32)
     if wide:
-        launch(norm_backward_wide_kernel, (t,), dy, ds, s, weight, mean, rstd, dx, h, CENTRED=centred, BLOCK=CHUNK, num_warps=8)
+        launch(norm_backward_wide_kernel, (t,), dy, ds, s, weight, mean, rstd, dx, h, CENTRED=centred, BLOCK=CHUNK, num_warps=8, maxnreg=128)
         grid = (count, ceil_div(h, 1024))
         launch(norm_partials_kernel, grid, dy, s, mean, rstd, partial, t, h, CENTRED=centred, BLOCK=1024, num_warps=4)
     else:

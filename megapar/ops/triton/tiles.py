@@ -63,8 +63,8 @@ GROUP_M = 8
 MAX_STAGES = 4
 FEW_REGISTERS = 128
 """Of a thread with 32 accumulators on sm_100: left to itself, the assembler takes 80 for a slope, and spills. On sm_80 128 would spill."""
-MORE_REGISTERS = 168
-"""The same where rows are no whole vectors, and each element has an address of its own: three programs a multiprocessor."""
+MORE_REGISTERS = 255
+"""The same where rows are no whole vectors, and each element has an address of its own: two programs a multiprocessor."""
 SHARED = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """KiB that one program may have; 99 on the other architectures."""
 FLOPS = {75: 1024, 80: 2048, 90: 4096, 100: 8192, 120: 2048}
