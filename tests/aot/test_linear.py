@@ -3,7 +3,7 @@
 HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100. Triton 3.7.1 has no tensor cores on sm_75: FMAs, as for fp32 everywhere.
 
 Compiled: kernel x dtype x activation or target and beta x every candidate of tiles.py, all that autotuning may choose too. With bias and
-pre-activation in bf16 and fp32, with neither in fp16's forward, in bf16 with the pre-activation alone, as layers without biases call it; the
+pre-activation in bf16 and fp32, with neither in fp16's forward, in bf16 with the pre-activation alone, as without biases; the
 weight's gradient with scale and flag, in fp16's with neither. An argument left out is a kernel of its own, but a part of one that is
 compiled: the loop and its tile are the same, and a load or a store of the epilogue is gone. All four combinations of each would be 500
 kernels more, at 1.1 s of CPU each (measured; two threads save a fifth of the time on two cores).
