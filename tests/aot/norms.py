@@ -1,7 +1,7 @@
 """What the tests of RMSNorm's and LayerNorm's kernels as compiled share, as the kernels do.
 
-Compiled: every kernel at every tile in every dtype, with a residual, which is the most that it holds; and at one tile of each kernel what
-is compiled apart because the weight is fp32 or an argument is left out, and rows of an odd number of elements.
+Compiled: every kernel at every tile in every dtype, with a residual, which is the most that it holds, and in bf16 with all that may be left
+out; and at one tile of each kernel with an fp32 weight, and rows of an odd number of elements.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def calls(run: Callable[..., None]) -> dict[str, Call]:
     listed = {f"{str(x)[6:]}-{h}": lambda x=x, h=h: run(64, h, x, x, False) for x in (BF16, FP16, FP32) for h in TILES}
     for h in (4096, 32768):
         listed |= {f"{str(x)[6:]}-{h}-fp32-weight": lambda x=x, h=h: run(64, h, x, FP32, False) for x in (BF16, FP16)}
-        listed[f"bfloat16-{h}-plain"] = lambda h=h: run(64, h, BF16, BF16, True)
+    listed |= {f"bfloat16-{h}-plain": lambda h=h: run(64, h, BF16, BF16, True) for h in TILES}
     return listed | {"bfloat16-4097-odd": lambda: run(64, 4097, BF16, BF16, False)}
 
 

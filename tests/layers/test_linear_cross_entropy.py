@@ -8,7 +8,7 @@ from torch import Tensor
 from megapar import ParallelMesh
 from megapar.grads import MainGrads
 from megapar.layers import linear_cross_entropy
-from megapar.layers.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from megapar.layers.linear_cross_entropy import chunk_rows, vocab_parallel_linear_cross_entropy
 from megapar.mesh import Axis
 from megapar.params import split
 from tests.counting import counted
@@ -43,7 +43,7 @@ def run(tp: Axis, rows: int, sequence_parallel: bool, seed: float) -> tuple[Tens
         x = F.pad(x, (0, 0, 0, c * tp.size - T), value=7.0)[tp.rank * c : (tp.rank + 1) * c]
     x, weight = x.clone().requires_grad_(), weight[start:stop].clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "CHUNK_BYTES", rows * -(-V // tp.size) * 8)
+        patch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: rows)
         options = {"label_smoothing": SMOOTHING, "z_loss": Z_LOSS, "vocab_size": V, "sequence_parallel": sequence_parallel}
         with counted() as calls:
             loss = vocab_parallel_linear_cross_entropy(x, weight, target, tp=tp, **options)
@@ -120,8 +120,10 @@ def test_loss_scale_saves_fp16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_main_grad(dtype):
-    """Two micro-batches with seeds of their own add up in fp32."""
+@pytest.mark.parametrize("rows", [T, 4])
+def test_main_grad(dtype, rows, monkeypatch):
+    """Two micro-batches with seeds of their own add up in fp32, and so do their chunks."""
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: rows)
     x, weight, target = inputs(dtype)
     param = torch.nn.Parameter(weight)
     main = MainGrads([param])
@@ -134,6 +136,17 @@ def test_main_grad(dtype):
     assert param.grad is None and param.main_grad.dtype == torch.float32
     error = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
     assert float((param.main_grad - total).abs().max()) <= error * float(total.abs().max())
+
+
+@pytest.mark.parametrize("columns", [1, 1000, 4000, 16032, 128256, 10**9])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chunk_rows(columns, itemsize):
+    """Logits of a CPU fit what glibc keeps; on a GPU tiles fill it, and 12 bytes a weight cost less than a third of 6 FLOPs a row."""
+    on_cpu, on_gpu = (chunk_rows(device, columns, itemsize) for device in ("cpu", "cuda"))
+    assert on_cpu == 1 or on_cpu * columns * itemsize <= 28 << 20 < (on_cpu + 1) * columns * itemsize
+    assert (on_gpu / 128) * (columns / 256) >= 7.9 * 148
+    assert 12 * 300 / (6 * on_gpu) < 1 / 3
+    assert on_gpu == 2048 or on_gpu * columns <= 8 * 148 * 128 * 256, "no more memory than it takes"
 
 
 def test_without_gradients():

@@ -11,21 +11,22 @@ import pytest
 
 from megapar.ops import dispatch
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FILES = (
-    "rms_norm",
-    "layer_norm",
-    "swiglu",
-    "rope",
-    "cross_entropy",
-    "dropout",
-    "linear",
-    "linear_numbers",
-    "linear_bad_input",
-    "grad_norm",
-    "step_state",
-    "adamw",
-    "memory",
+    "ops/test_rms_norm.py",
+    "ops/test_layer_norm.py",
+    "ops/test_swiglu.py",
+    "ops/test_rope.py",
+    "ops/test_cross_entropy.py",
+    "ops/test_dropout.py",
+    "ops/test_linear.py",
+    "ops/test_linear_numbers.py",
+    "ops/test_linear_bad_input.py",
+    "ops/test_grad_norm.py",
+    "ops/test_step_state.py",
+    "ops/test_adamw.py",
+    "ops/test_memory.py",
+    "layers/test_linear_cross_entropy.py",
 )
 
 
@@ -36,8 +37,8 @@ def outcomes() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     environment.pop("MEGAPAR_TEST_DEVICE", None)
 
     def run(file: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / f"test_{file}.py")]
-        return subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False)
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(TESTS / file)]
+        return subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300, check=False)
 
     with ThreadPoolExecutor(2) as pool:
         yield {file: pool.submit(run, file) for file in FILES}

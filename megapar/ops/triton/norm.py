@@ -2,8 +2,8 @@
 
 Forward, a program holds ROWS whole rows in registers, or walks one row that is too wide for that (`held`) twice (three times for a mean),
 and finds it in L2 after the first. Backward, a program takes every programs-th group of ROWS rows and sums its share of dw and db in
-registers. It writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time. Rows
-that are not held would spill those sums: theirs are made by columns, in a kernel of their own that reads dy and s again.
+registers. It writes one row of partial sums, which `sum_partials_kernel` adds in order. There are no atomics: the same bits every time.
+Rows that are not held would spill those sums: theirs are made by columns, in a kernel of their own that reads dy and s again.
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ def backward(
     count = programs(t, target_of(s.device).sms, shape)
     partial = s.new_empty(count, 2 * h if centred else h, dtype=torch.float32)
     if wide:
-        launch(norm_backward_wide_kernel, (t,), dy, ds, s, weight, mean, rstd, dx, h, CENTRED=centred, BLOCK=CHUNK, num_warps=8, maxnreg=128)
+        walking = {"CENTRED": centred, "BLOCK": CHUNK, "num_warps": 8, "maxnreg": 128}
+        launch(norm_backward_wide_kernel, (t,), dy, ds, s, weight, mean, rstd, dx, h, **walking)
         grid = (count, ceil_div(h, 1024))
         launch(norm_partials_kernel, grid, dy, s, mean, rstd, partial, t, h, CENTRED=centred, BLOCK=1024, num_warps=4)
     else:
