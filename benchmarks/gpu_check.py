@@ -2,7 +2,7 @@
 
     make gpu-check
 
-tests        tests/ops, tests/optim and tests/gpu on the GPU: every op against fp64 within its bound, and captured CUDA graphs
+tests        tests/ops, optim, integrations and gpu on the GPU: every op against fp64 within its bound, and captured CUDA graphs
 cuda         the optimizer's tests again on csrc/cuda, where it is built
 sanitizer    compute-sanitizer memcheck and racecheck on the kernels of csrc/cuda, where it is installed
 ranks        megapar verify --tp 2 on NCCL, where there are two GPUs
@@ -62,7 +62,7 @@ def parts(gpus: int) -> list[Part]:
     cuda = None if importlib.util.find_spec("megapar._CUDA") else "csrc/cuda is not built: the CUDA toolkit and a CUDA torch build it"
     sanitizer = shutil.which("compute-sanitizer")
     why = cuda or (None if sanitizer else "compute-sanitizer is not on PATH: it comes with the CUDA toolkit")
-    found = [Part("tests", (*PYTEST, "tests/ops", "tests/optim", "tests/gpu"), 150, None, on_gpu)]
+    found = [Part("tests", (*PYTEST, "tests/ops", "tests/optim", "tests/integrations", "tests/gpu"), 150, None, on_gpu)]
     found.append(Part("cuda", (*PYTEST, *OPTIMIZER_TESTS, "tests/gpu"), 60, cuda, on_gpu | {"MEGAPAR_BACKEND": "cuda"}))
     for tool in ("memcheck", "racecheck"):
         command = (sanitizer or "", f"--tool={tool}", "--error-exitcode=1", sys.executable, "-m", "tests.gpu.every_cuda_kernel")

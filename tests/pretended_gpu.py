@@ -70,6 +70,8 @@ class PretendedGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func == Tensor.device.__get__:
             return GPU if on_gpu(args[0]) else func(*args)
         if func in (Tensor.is_cuda.__get__, Tensor.is_cpu.__get__):
@@ -121,7 +123,7 @@ class PretendedGpu(TorchFunctionMode):
 
     def _of_inputs(self, func: Any, inputs: list[Tensor], args: Any) -> bool:
         if func is torch.autograd.grad or not inputs:
-            return False
+            return any(map(on_gpu, inputs))
         first = on_gpu(inputs[0])
         if func in MOVES or func in MADE_LIKE:
             return first

@@ -52,10 +52,14 @@ MEGAPAR_FN void move_loss_scale(StepScalars& state, const LossScaling& how) {
   if (std::isfinite(grown)) state.loss_scale = double(grown);
 }
 
+// 1 - beta^step. Taken from the power it would have no more digits than the power has beyond those of 1:
+// tests/ops/test_step_state.py::test_bias_corrections_far_along.
+MEGAPAR_FN double complement_of_power(double beta, double step) { return -std::expm1(step * std::log1p(beta - 1)); }
+
 MEGAPAR_FN void advance(StepCounter& counter, double beta1, double beta2) {
   counter.step += 1;
-  counter.step_scale = 1 / (1 - std::pow(beta1, counter.step));
-  counter.root_scale = 1 / std::sqrt(1 - std::pow(beta2, counter.step));
+  counter.step_scale = 1 / complement_of_power(beta1, counter.step);
+  counter.root_scale = 1 / std::sqrt(complement_of_power(beta2, counter.step));
 }
 
 }  // namespace megapar

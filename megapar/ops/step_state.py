@@ -148,7 +148,9 @@ def step_state_reference(
     at = torch.tensor(rows, device=counters.device)
     betas = [torch.tensor(b, dtype=torch.float64, device=counters.device) for b in (beta1, beta2)]
     step = counters[at, 0] + 1
-    advanced = torch.stack([step, 1 / (1 - betas[0] ** step), (1 - betas[1] ** step).rsqrt()], -1)
+    # 1 - beta^step, which a power near 1 has few digits of.
+    rest = [-torch.expm1(step * torch.log1p(beta - 1)) for beta in betas]
+    advanced = torch.stack([step, 1 / rest[0], rest[1].rsqrt()], -1)
     counters[at] = torch.where(skip, counters[at], advanced)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapar.integrations.apex import adam, amp_c, multi_tensor_applier
 from megapar.ops.dispatch import FORCED
-from tests.row_ops import drawn, kernels_only
+from tests.row_ops import drawn, kernels_only, on_cpu
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, FP16]
@@ -140,6 +140,7 @@ def test_mp_is_skipped():
     assert norm.tolist() == [0] and each.tolist() == [0, 0]
 
 
+@on_cpu
 @pytest.mark.skipif(FORCED is not None, reason="only the compiled kernel reads that much in place, and in seconds")
 def test_more_than_2_to_the_31_elements():
     """Zero pages that are never written, so that they take no memory; the last element is beyond what 32 bits can index."""

@@ -111,6 +111,16 @@ def test_layouts():
     assert total_of([x.double()])[0] == pytest.approx(exact([x]), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 1])
+def test_nothing_beyond_the_end_is_read(dtype, start):
+    """Nor before the start: ones among NaNs."""
+    for n in (1, 4, 5, 7, 12, 16387):
+        x = torch.full((n + 32,), math.nan, dtype=dtype)
+        x[8 + start : 8 + start + n] = 1.0
+        assert total_of([x[8 + start : 8 + start + n]], count_zeros=True) == [n, 0, 0]
+
+
 @cpu_only
 def test_more_elements_than_fit_in_32_bits():
     """Untouched zero pages: 4 GiB of addresses, no memory."""

@@ -1,5 +1,6 @@
 """The scalars of a step: the kernel and the plain PyTorch body against arithmetic on Python floats, and the loss scale's life."""
 
+import decimal
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,25 @@ def test_numbers_of_a_step(body, squares, count, scale, max_norm, steps):
     for row in (0, 2):
         expected = [1 / (1 - BETAS[row][0] ** steps), 1 / math.sqrt(1 - BETAS[row][1] ** steps)]
         assert state.counters[row, 1:].tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 31, 1000, 12345, 999_999, 1_000_000])
+def test_bias_corrections_far_along(body, steps):
+    """Within 1e-14 of 1 - beta^n to 60 digits, also where the power is so near 1 that fp64 would have few digits left of the rest; 40
+    parameters, each in a row of its own."""
+    betas = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1 - 1e-6, 1 - 1e-9, 1 - 2.0**-53] * 4
+    state = StepState.create(len(betas) + 1)
+    state.counters[:, 0] = float(steps - 1)
+    rows = list(range(len(betas), 0, -1))
+    total, count = doubles(1, 0, 0), doubles(1)
+    body(state.scalars, state.counters, total, count, rows, betas, betas[::-1], None, 2.0, 0.5, 0, 1, 1.0)
+    with decimal.localcontext(prec=60):
+        exact = {beta: 1 - decimal.Decimal(beta) ** steps for beta in betas}
+        expected = [[float(1 / exact[a]), float(1 / exact[b].sqrt())] for a, b in zip(betas, betas[::-1], strict=True)]
+    found = state.counters[rows]
+    torch.testing.assert_close(found[:, 1:], torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
+    assert found[:, 0].unique().tolist() == [steps] and state.counters[0].tolist() == [steps - 1, 0, 0]
 
 
 @pytest.mark.parametrize("body", BODIES)

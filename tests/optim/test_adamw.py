@@ -353,7 +353,7 @@ def test_places():
         ({"moment_dtype": FP16}, r"moment_dtype=torch\.float16 must be"),
         ({"moment_dtype": BF16}, r"beta2=0\.999 moves a bfloat16 moment by less than it can round: lower it to 0\.99, or give a seed"),
         ({"lr": -0.1}, "lr=-0.1 must not"),
-        ({"lr": torch.tensor(-0.5)}, r"lr=-0\.5 must not"),
+        ({"lr": torch.tensor(-0.5, device="cpu")}, r"lr=-0\.5 must not"),
         ({"lr": torch.ones(2)}, r"lr is torch\.float32 of shape \(2,\) and must be one floating-point number"),
         ({"lr": torch.tensor(1)}, r"lr is torch\.int64 of shape \(\) and must be"),
         ({"betas": (0.9, 1.0)}, r"beta2=1\.0 must lie in \[0, 1\)"),
