@@ -3,7 +3,8 @@
     python -m benchmarks.gpu
 
 One process. A repeat runs all contenders of a case, in an order that rotates, each between two events on the stream; the cache is written
-over before each. Before timing, results are compared.
+over before each. Before timing, what the ways return is compared; optimizer ops return nothing, and tests/gpu checks them. A time is of the
+device, or of the host where that takes longer to launch than the cache to be written over: so it is for few and small tensors.
 
 µs          median of the repeats
 GB/s        the least bytes that the op must move (benchmarks/gpu_cases.py) over the median

@@ -6,7 +6,7 @@ tests        tests/ops, optim, integrations and gpu on the GPU: every op against
 cuda         the optimizer's tests again on csrc/cuda, where it is built
 sanitizer    compute-sanitizer memcheck and racecheck on the kernels of csrc/cuda, where it is installed
 ranks        megapar verify --tp 2 on NCCL, where there are two GPUs
-benchmarks   benchmarks/gpu.py and the static table beside it
+benchmarks   benchmarks/gpu.py; the static table of benchmarks/results stands beside it in the report
 
 Each part has a share of the time, its output is a file of the report, and one that fails does not stop the next. Exit status 1 where one
 failed, and at once where there is no GPU.
@@ -30,8 +30,16 @@ import tyro
 
 from benchmarks.common import RESULTS, environment
 
-OPTIMIZER_TESTS = tuple(f"tests/ops/test_{op}.py" for op in ("adamw", "grad_norm", "step_state"))
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+OPTIMIZER_TESTS = (
+    "tests/ops/test_adamw.py",
+    "tests/ops/test_grad_norm.py",
+    "tests/ops/test_step_state.py",
+    "tests/gpu/test_graphs.py::test_optimizer_phase",
+    "tests/gpu/test_large.py::test_optimizer",
+)
+"""What the three ops of csrc/cuda suffice for."""
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-n", "4")
+"""Four processes, because most of the time is Triton's compiler's."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +70,15 @@ def parts(gpus: int) -> list[Part]:
     cuda = None if importlib.util.find_spec("megapar._CUDA") else "csrc/cuda is not built: the CUDA toolkit and a CUDA torch build it"
     sanitizer = shutil.which("compute-sanitizer")
     why = cuda or (None if sanitizer else "compute-sanitizer is not on PATH: it comes with the CUDA toolkit")
-    found = [Part("tests", (*PYTEST, "tests/ops", "tests/optim", "tests/integrations", "tests/gpu"), 150, None, on_gpu)]
-    found.append(Part("cuda", (*PYTEST, *OPTIMIZER_TESTS, "tests/gpu"), 60, cuda, on_gpu | {"MEGAPAR_BACKEND": "cuda"}))
+    found = [Part("tests", (*PYTEST, "tests/ops", "tests/optim", "tests/integrations", "tests/gpu"), 240, None, on_gpu)]
+    found.append(Part("cuda", (*PYTEST, *OPTIMIZER_TESTS), 60, cuda, on_gpu | {"MEGAPAR_BACKEND": "cuda"}))
     for tool in ("memcheck", "racecheck"):
         command = (sanitizer or "", f"--tool={tool}", "--error-exitcode=1", sys.executable, "-m", "tests.gpu.every_cuda_kernel")
-        found.append(Part(tool, command, 60, why, {"MEGAPAR_BACKEND": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        found.append(Part(tool, command, 45, why, {"MEGAPAR_BACKEND": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     ranks = None if gpus > 1 else "it needs two GPUs"
     verify = (sys.executable, "-m", "megapar", "verify", "--tp", "2")
-    found.append(Part("ranks", verify, 60, ranks))
-    found.append(Part("benchmarks", (sys.executable, "-m", "benchmarks.gpu", "--minutes", "3"), 200))
-    found.append(Part("static", (sys.executable, "-m", "benchmarks.gpu_static"), 120))
+    found.append(Part("ranks", verify, 45, ranks))
+    found.append(Part("benchmarks", (sys.executable, "-m", "benchmarks.gpu", "--minutes", "2"), 150))
     return found
 
 
@@ -138,8 +145,7 @@ def main(folder: Path = Path("gpu-report"), minutes: float = 10.0) -> int:
         print(f"there is no GPU here ({why}): python -m benchmarks.gpu_static says what can be said without one", file=sys.stderr)
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu", "gpu_static"):
-        (RESULTS / f"{name}.json").unlink(missing_ok=True)
+    (RESULTS / "gpu.json").unlink(missing_ok=True)
     end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
     for part in parts(torch.cuda.device_count()):
         outcomes.append(run(part, folder, end - time.monotonic()))

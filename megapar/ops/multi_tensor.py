@@ -116,7 +116,7 @@ def adamw_tables(
     lists = tuple(tuple(map(Spec.of, tensors)) for tensors in (weights, grads, masters, exp_avgs, exp_avg_sqs))
     addresses = tuple(x.data_ptr() for x in dense)
     noise = (tuple(ids), tuple(places)) if seed is not None else ((), ())
-    table, groups = _adamw(lists, addresses, Spec.of(scalars), Spec.of(counters), tuple(rows), seed is not None, *noise)
+    table, groups = _adamw(lists, addresses, _unplaced(scalars), _unplaced(counters), tuple(rows), seed is not None, *noise)
     return Tables(table, groups, dense)
 
 
@@ -226,6 +226,11 @@ def chunks_of(tensors: Sequence[int], numels: Sequence[int], chunk: int) -> Tens
 def bump_versions(tensors: Sequence[Tensor]) -> None:
     """So that a backward that saved one of them notices; also where the step is then skipped, of which the host does not know."""
     torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
+def _unplaced(x: Tensor) -> Spec:
+    """Without the address, which no table holds: a step may allocate its scalars afresh, inside of a capture too."""
+    return Spec.of(x)._replace(address=0)
 
 
 def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

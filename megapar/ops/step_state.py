@@ -101,11 +101,13 @@ def step_state_(
     """Advances `state` by one step. No work that depends on a tensor's size, and on a GPU no wait for it.
 
     total: float64 [3] from `grad_norm_`. count: float64, one number: what the gradients are sums over. rows: those of the parameters that
-    have a gradient, with betas of each. scaling: None keeps the loss scale. Raises ValueError for max_norm <= 0, and for count <= 0 where
-    it is on the CPU.
+    have a gradient, with betas of each. scaling: None keeps the loss scale. Raises ValueError for max_norm <= 0, for a row that is
+    there twice, and for count <= 0 where it is on the CPU.
     """
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be above 0: leave it out to not clip")
+    if len(set(rows)) != len(rows):
+        raise ValueError(f"rows={list(rows)} must name each row once, a step advances it once: drop what is there twice")
     how = scaling or LossScaling()
     moving = (how.growth_factor, how.backoff_factor, 0 if scaling is None else how.growth_interval, how.hysteresis, how.min_scale)
     run = step_state_reference if use_reference_on(state.scalars.device.type) else torch.ops.megapar.step_state_.default

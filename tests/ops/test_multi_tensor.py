@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megapar.ops import multi_tensor
 from megapar.ops.multi_tensor import ALIGNMENT, CHUNK, NORM_CHUNK, adamw_rows, chunks_of, grad_norm_rows, groups_of, upload
 from megapar.ops.specs import Spec, check_adamw
+from megapar.ops.step_state import StepState
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,6 +30,17 @@ def test_chunks_cover_every_element_once(numels, chunk):
     expected = [[t, k] for t, n in zip(tensors, numels, strict=True) for k in range(n) if k * chunk < n]
     found = chunks_of(tensors, numels, chunk)
     assert found.dtype == torch.int32 and found.tolist() == expected
+
+
+def test_fresh_scalars_upload_nothing():
+    """As apex's capturable functions make them at every call."""
+    lists = [[torch.zeros(5, device="cpu")] for _ in range(5)]
+    before = multi_tensor._adamw.cache_info().misses
+    for _ in range(3):
+        state = StepState.create(1, device="cpu")
+        multi_tensor.adamw_tables(lists[0], lists[1], [], *lists[3:], state.scalars, state.counters, [0], seed=None, ids=(), places=())
+        kept = state  # so that the next one lies elsewhere
+    assert multi_tensor._adamw.cache_info().misses == before + 1 and kept.counters.shape == (1, 3)
 
 
 def test_chunks_beyond_32_bits():

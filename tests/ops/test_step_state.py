@@ -144,6 +144,11 @@ def test_nothing_counted(body, count):
     assert torch.equal(state.scalars, before)
 
 
+def test_a_row_twice():
+    with pytest.raises(ValueError, match=r"rows=\[0, 1, 0\] must name each row once"):
+        run(BODIES[0], StepState.create(2), (1.0, 0, 0), rows=(0, 1, 0))
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
 def test_bad_max_norm(max_norm):
     with pytest.raises(ValueError, match=r"max_norm=.* must be above 0"):

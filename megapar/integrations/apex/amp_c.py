@@ -144,6 +144,8 @@ def check(noop_flag: Tensor, tensor_lists: Lists, names: Sequence[str], dtypes: 
 
 def check_number(x: Tensor, name: str, dtype: torch.dtype, other: Tensor) -> None:
     """Raises ValueError unless x is one number of the dtype on the other's device."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}={x} must be one {dtype} number on {other.device}: give it as a tensor")
     if x.dtype != dtype or x.numel() != 1 or x.device != other.device:
         found = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
         raise ValueError(f"{name} is {found} and must be one {dtype} number on {other.device}: convert it")

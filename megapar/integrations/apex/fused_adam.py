@@ -143,14 +143,16 @@ class FusedAdam(torch.optim.Optimizer):
         noop = torch.zeros(1, dtype=torch.int32, device=device)
         for each in found.values():  # of all devices: they skip together
             noop.masked_fill_(each.to(device).reshape(1) != 0, 1)
+        if any(p.grad.is_sparse for p in params):  # type: ignore[union-attr]
+            raise RuntimeError("a gradient is sparse and FusedAdam needs dense ones: use torch.optim.SparseAdam")
         if self.capturable:
+            if not isinstance(group["lr"], Tensor):  # a scheduler may have put a number there
+                group["lr"] = torch.full((1,), group["lr"], dtype=torch.float32, device=device)
             if "step" not in group:
                 group["step"] = torch.zeros_like(noop)
             group["step"] += 1 - noop
         else:
             group["step"] = group.get("step", 0) + 1
-        if any(p.grad.is_sparse for p in params):  # type: ignore[union-attr]
-            raise RuntimeError("a gradient is sparse and FusedAdam needs dense ones: use torch.optim.SparseAdam")
         states = [self._state(p) for p in params]
         lists: list[list[Any]] = [[p.grad for p in params], params, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]]
         numbers = [group["lr"], *group["betas"], group["eps"], group["step"], self.adam_w_mode, int(group["bias_correction"])]

@@ -1,4 +1,4 @@
-"""Formula and bytes: megapar/ops/dropout.py. The hash is that of csrc/common/hash.inl, bit for bit. Tiles: rows.py."""
+"""Formula and bytes: megapar/ops/dropout.py. The hash is that of csrc/common/hash.inl, bit for bit. Tiles: elementwise.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Formula and bytes: megapar/ops/swiglu.py.
 
-A program takes ROWS x BLOCK elements of y: the gate's part of the rows, and the same part of up f further on. Tiles: rows.py.
+A program takes ROWS x BLOCK elements of y: the gate's part of the rows, and the same part of up f further on. Tiles: elementwise.py.
 """
 
 from __future__ import annotations
