@@ -24,7 +24,7 @@ def norms(h: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
 def linears(n: int, dtype: torch.dtype) -> dict[str, Call]:
     calls = {f"{name}-{n}": partial(call, 2048, n, 1024) for name, call in gemms(dtype).items()}
     for kind in ("none", "swiglu"):
-        calls[f"{str(dtype)[6:]}-forward-{kind}-alone-{n}"] = partial(forward, kind, dtype, 2048, n, 1024, optional=False)
+        calls[f"{str(dtype)[6:]}-forward-{kind}-alone-{n}"] = partial(forward, kind, dtype, 2048, n, 1024, biased=False, save=False)
     return calls
 
 
