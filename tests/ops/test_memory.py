@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu_cases import Case, Sizes, all_cases
+from benchmarks.gpu_cases import Case, Sizes, all_cases, op
 from megapar.ops import dispatch
+from megapar.ops.rope import rope_angles
+from megapar.ops.step_state import StepState
+from tests.row_ops import normal
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="watches Triton's interpreter: TRITON_INTERPRET=1 MEGAPAR_BACKEND=triton")
 if dispatch.INTERPRETED:
@@ -87,3 +90,40 @@ MOVED = {
 @pytest.mark.parametrize("title", MOVED)
 def test_bytes_moved(title):
     assert 1.0 <= moved(by_title(EVEN)[title]) <= MOVED[title]
+
+
+def bias_grad() -> None:
+    op("linear_bias_grad_", torch.zeros(33), normal(1030, 33, dtype=torch.bfloat16), 1.0)
+
+
+def rope_backward() -> None:
+    cos, sin = rope_angles(torch.arange(14), 12, 1e4)
+    q, k, v = (normal(2, heads, 7, 12, dtype=torch.bfloat16, seed=heads) for heads in (4, 2, 2))
+    op("rope_qkv_backward", q, k, v, cos, sin)
+
+
+def walked_rows() -> None:
+    """Of norms, which registers do not hold."""
+    x, weight, rstd = normal(19, 1027, dtype=torch.bfloat16), normal(1027, dtype=torch.float32), torch.ones(19)
+    op("layer_norm", x, weight, weight, 1e-6, x)
+    op("layer_norm_backward", x, x, x, weight, rstd, rstd)
+
+
+def stochastic_and_unaligned_update() -> None:
+    lists = [[normal(5001, dtype=torch.bfloat16, seed=i)[i:] for i in (0, 1)] for _ in range(4)]
+    state = StepState.create(1)
+    noise = {"seed": 3, "ids": [1, 2], "places": [7, 50, 90, 0, 5000, 5000]}
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, **noise}
+    op("adamw_", lists[0], lists[1], [], *lists[2:], state.scalars, state.counters, [0, 0], **options)
+    op("grad_norm_", torch.zeros(3, dtype=torch.float64), lists[1], True)
+
+
+def nothing() -> None:
+    op("rms_norm", torch.zeros(0, 70), torch.ones(70), 1e-6, None)
+    op("grad_norm_", torch.zeros(3, dtype=torch.float64), [torch.zeros(0)], True)
+
+
+@pytest.mark.parametrize("run", [bias_grad, rope_backward, walked_rows, stochastic_and_unaligned_update, nothing])
+def test_what_no_case_launches(run):
+    with watched():
+        run()
