@@ -119,7 +119,7 @@ def gpu(monkeypatch, tmp_path):
 def run(size, epilogue=ACCUMULATE):
     """What one launch left in the target."""
     a, target, kernel = SimpleNamespace(device=torch.device("cuda", 0), dtype=BF16), torch.zeros(1), SimpleNamespace(__name__="some_kernel")
-    gemm.launch_gemm(kernel, size, size, epilogue, (a, target, size, None, 0.5), updated=(1, 3))
+    gemm.launch_gemm(kernel, size, size, epilogue, (a, target, size, None, 0.5), widths=(size,), updated=(1, 3))
     return target.item()
 
 
@@ -129,7 +129,7 @@ def test_launch(gpu):
     assert gpu.timed == found and gpu.launched[-1] == found[-1]
     before = len(gpu.launched)
     assert run(4096) == 1.0 and len(gpu.launched) == before + 1, "remembered"
-    assert run(4097) == 1.0 and gpu.timed == 2 * found, "another size is timed too"
+    assert run(4112) == 1.0 and gpu.timed == 2 * found, "another size is timed too"
 
 
 def test_not_while_capturing(gpu):
