@@ -82,7 +82,7 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("trian c.toml", '"trian" is not a command: use one of train, verify, doctor'),
+        ("trian c.toml", '"trian" is not a command: use one of train, verify, plan, doctor'),
         ("train none.toml", "config none.toml is not a file"),
         ("train bad.toml", 'the nearest one is "run.steps"'),
         ("train c.toml --steps 0", "run.steps=0"),
