@@ -55,7 +55,7 @@ def gemms(dtype: torch.dtype) -> dict[str, Call]:
         if dtype == BF16:
             calls[f"forward-{kind}-no_bias"] = functools.partial(forward, kind, dtype, biased=False)
         calls[f"input_grad-{kind}"] = functools.partial(input_grad, kind, dtype)
-    for into in {FP32, dtype}:
+    for into in dict.fromkeys((FP32, dtype)):
         for beta in (0.0, 1.0):
             calls[f"weight_grad-{str(into)[6:]}-beta={beta:.0f}"] = functools.partial(weight_grad, into, beta, dtype, optional=optional)
     return {f"{str(dtype)[6:]}-{name}": call for name, call in calls.items()}
@@ -185,7 +185,7 @@ def bias_grad(dtype: torch.dtype, into: torch.dtype, beta: float, t: int = 4096,
 BIAS_CALLS = {
     f"{str(dtype)[6:]}-into-{str(into)[6:]}-beta={beta:.0f}-{t}": functools.partial(bias_grad, dtype, into, beta, t)
     for dtype in (BF16, FP16, FP32)
-    for into in {FP32, dtype}
+    for into in dict.fromkeys((FP32, dtype))
     for beta in (0.0, 1.0)
     for t in (512, 4096)
 }
