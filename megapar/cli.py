@@ -147,6 +147,8 @@ def _plan(arguments: list[str]) -> int:
         raise ValueError(f"{asked.file} is a schedule already: give it alone, or leave it out and give --pp, --microbatches and the rest")
     if not asked.file and (asked.pp is None or asked.microbatches is None):
         raise ValueError("a schedule needs --pp and --microbatches, or a file")
+    if asked.file and not asked.file.is_file():
+        raise ValueError(f"schedule {asked.file} is not a file: give the path of a .csv, or --pp and --microbatches")
     if asked.file:
         schedule = Schedule.load(asked.file)
     else:

@@ -26,11 +26,13 @@ def named(dtype: torch.dtype) -> str:
 
 
 def require(holds: bool, message: str) -> None:
+    """Raises ValueError unless it holds."""
     if not holds:
         raise ValueError(message)
 
 
 def check_float(x: Tensor, name: str) -> None:
+    """A dtype of the kernels, and at least one dimension."""
     if x.dtype not in FLOATS:
         raise ValueError(
             f"{name} has dtype {named(x.dtype)} and the kernels know float32, bfloat16 and float16: convert it, or use"

@@ -43,13 +43,13 @@ def adamw_(
         check_lr_scale(Spec.of(lr_scale), scalars.device)
     tensors = (weights, grads, masters, exp_avgs, exp_avg_sqs)
     tables = lists.adamw_tables(*tensors, scalars, counters, rows, seed=seed, ids=ids, places=places)
+    lists.bump_versions([*weights])
     table = tables.table.on_this_stream()
     for group in tables.groups:
         chunks = group.chunks.on_this_stream()
         torch.ops.megapar_cuda.adamw_(
             table, chunks, lists.CHUNK, *group.dtypes, scalars, counters, lr_scale, *numbers, decoupled, seed
         )
-    lists.bump_versions([*weights])
 
 
 def grad_norm_(total: Tensor, grads: Sequence[Tensor], count_zeros: bool = False) -> None:

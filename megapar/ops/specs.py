@@ -55,6 +55,7 @@ Specs = tuple[Spec, ...]
 
 
 def check_rates(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    """AdamW's numbers are in their ranges."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         require(value >= 0, f"{name}={value:g} must not be negative: raise it")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
@@ -62,6 +63,7 @@ def check_rates(lr: float, beta1: float, beta2: float, eps: float, weight_decay:
 
 
 def check_gradient(x: Spec, name: str = "a gradient") -> None:
+    """A dtype of the kernels."""
     require(
         x.dtype in FLOATS,
         f"{name} has dtype {named(x.dtype)} and the kernels know float32, bfloat16 and float16: convert it, or use"
@@ -70,6 +72,7 @@ def check_gradient(x: Spec, name: str = "a gradient") -> None:
 
 
 def check_lr_scale(x: Spec, device: torch.device) -> None:
+    """One float64 number on the device."""
     require(
         x.dtype == torch.float64 and x.numel == 1 and x.device == device,
         f"lr_scale is {named(x.dtype)} of shape {list(x.shape)} on {x.device} and must be one float64 number on {device}: convert it",
@@ -173,6 +176,7 @@ def _not_doubles(x: Spec, name: str, shape: str) -> str:
 
 
 def check_total(total: Spec) -> None:
+    """Three float64 numbers, contiguous."""
     require(
         total.dtype == torch.float64 and total.numel == 3 and total.contiguous,
         f"total is {named(total.dtype)} of shape {list(total.shape)} and must be contiguous float64 [3]: make one",

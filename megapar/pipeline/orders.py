@@ -82,4 +82,4 @@ def _schedule(pp: int, chunks: int, forwards: Sequence[tuple[int, int]], warmups
 def _refuse_none(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name}={count}: a pipeline needs at least 1")
+            raise ValueError(f"{name}={count} must be at least 1: raise it")

@@ -356,8 +356,18 @@ def test_a_backward_notices():
         y.backward()
 
 
+def test_noise_leaves_a_nan_a_nan():
+    """The pattern that a GPU gives every NaN, and to which nothing may be added: the next one is -0."""
+    x = lists([100], BF16, None, moment=BF16)
+    x.grads[0].view(torch.int32).fill_(0x7FFFFFFF)
+    step(x, state_at(1), noise=Noise(1, [2]))
+    assert all(tensors[0].isnan().all() for tensors in (x.weights, x.exp_avgs, x.exp_avg_sqs))
+
+
 def test_nothing_to_do():
-    step(Lists([], [], [], [], []), state_at(1))
+    state, before = state_at(1), state_at(1)
+    step(Lists([], [], [], [], []), state)
+    assert torch.equal(state.scalars, before.scalars) and torch.equal(state.counters, before.counters)
 
 
 def test_gradients_may_have_any_strides():

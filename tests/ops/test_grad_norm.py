@@ -143,6 +143,18 @@ def test_refusals():
     assert total.tolist() == [0, 0, 0]
 
 
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="about a Triton kernel that is given a large tensor's partial sums without it")
+def test_more_partial_sums_than_lanes():
+    from megapar.ops.triton.grad_norm import LANES, NORM_CHUNK, tensors_kernel
+
+    count = 2 * LANES + 5
+    table = torch.tensor([[0, 3 * NORM_CHUNK, 0], [0, count * NORM_CHUNK - 1, 3]])
+    partials = torch.arange(3 * (count + 3), dtype=torch.float64).view(-1, 3)
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    tensors_kernel[(2,)](table, partials, sums, CHUNK=NORM_CHUNK, LANES=LANES)
+    assert torch.equal(sums, torch.stack([partials[:3].sum(0), partials[3:].sum(0)]))
+
+
 def test_opcheck():
     grads = [torch.randn(33), torch.randn(5, 7).bfloat16()]
     torch.library.opcheck(torch.ops.megapar.grad_norm_.default, (torch.zeros(3, dtype=torch.float64), grads))

@@ -22,6 +22,7 @@ from megapar.ops.dispatch import INTERPRETED
 from megapar.ops.multi_tensor import CHUNK, adamw_tables, bump_versions, constant
 from megapar.ops.specs import Spec, check_lr_scale, check_rates
 from megapar.ops.triton.floats import round_to, widen
+from megapar.ops.triton.hash import mix64
 from megapar.ops.triton.launch import launch
 from megapar.ops.triton.multi_tensor import POINTEE, load_halves, pointer, store_halves
 
@@ -36,14 +37,6 @@ def mix(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
-
-
-@triton.jit
-def mix64(x):  # type: ignore[no-untyped-def]
-    """splitmix64's finaliser."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 from megapar.ops.checks import check_float, named, require
 from megapar.ops.triton.elementwise import NUM_WARPS, tile
 from megapar.ops.triton.floats import load, store
+from megapar.ops.triton.hash import mix64
 from megapar.ops.triton.launch import ceil_div, launch
 
 
@@ -19,14 +20,6 @@ def mix32(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
-
-
-@triton.jit
-def mix64(x):  # type: ignore[no-untyped-def]
-    """Of uint64."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
 
 
 @triton.jit(do_not_specialize=["t", "key", "first", "least"])
