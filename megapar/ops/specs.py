@@ -193,6 +193,7 @@ def check_gradients(grads: Specs, device: torch.device) -> None:
 def check_step_state(
     scalars: Spec, counters: Spec, total: Spec, count: Spec, rows: Sequence[int], beta1: Sequence[float], beta2: Sequence[float]
 ) -> None:
+    """What `step_state_` is given fits together; a row in range for each pair of betas."""
     for x, columns, name in ((scalars, 6, "scalars"), (counters, 3, "counters"), (total, 3, "total"), (count, 1, "count")):
         check_doubles(x, columns, name, f"[..., {columns}]", scalars.device)
     require(

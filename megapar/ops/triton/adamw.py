@@ -72,6 +72,7 @@ def place_of(entry, start, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def update(g, w, m, v, coefficients):  # type: ignore[no-untyped-def]
+    """adamw_update of csrc/common/adamw.inl: the new weight and moments."""
     grad_scale, rate1, rate2, step_size, root_scale, eps, decay, l2 = coefficients
     g = g * grad_scale + w * l2
     m = m + (g - m) * rate1
@@ -95,6 +96,7 @@ def upper(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def lower(x):  # type: ignore[no-untyped-def]
+    """The remainder of an fp32 weight."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFF).to(tl.uint16)
 
 
@@ -120,6 +122,7 @@ def step_rows(  # type: ignore[no-untyped-def]
     weight, grad, master, exp_avg, exp_avg_sq, row, left, coefficients, place, key, master_dtype: tl.constexpr, DRAWN: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """The step of the elements of `row`, eight a row."""
     g0, g1 = load_halves(grad, row, left, WHOLE)
     m0, m1 = load_halves(exp_avg, row, left, WHOLE)
     v0, v1 = load_halves(exp_avg_sq, row, left, WHOLE)
@@ -158,6 +161,7 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     weight_dtype: tl.constexpr, grad_dtype: tl.constexpr, master_dtype: tl.constexpr, moment_dtype: tl.constexpr,
     ALIGNED: tl.constexpr, DRAWN: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """A chunk of one tensor, or nothing where the step is skipped."""
     if tl.load(scalars + 2) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
@@ -211,6 +215,7 @@ def adamw_(
     places: Sequence[int] = (),
     lr_scale: Tensor | None = None,
 ) -> None:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/adamw.py."""
     check_rates(lr, beta1, beta2, eps, weight_decay)
     if lr_scale is None:
         lr_scale = constant(1.0, scalars.device).on_this_stream()

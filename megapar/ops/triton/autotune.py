@@ -29,6 +29,7 @@ def asked() -> bool:
 
 
 def cache_file() -> Path:
+    """Where the choices are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megapar" / "triton-tiles.json"
 
 

@@ -55,6 +55,7 @@ def cross_entropy_statistics_kernel(logits, index, out, t, v, stride, WITH_SUM: 
 def cross_entropy_grad_kernel(  # type: ignore[no-untyped-def]
     dloss, logits, out, index, lse, ignored, v, stride, out_stride, smoothing, uniform, z_loss, BLOCK: tl.constexpr
 ):
+    """A chunk of one token's row."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     skip = tl.load(ignored + row).to(tl.int1)
     shift, target = tl.load(lse + row), tl.load(index + row)
@@ -65,6 +66,7 @@ def cross_entropy_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 def cross_entropy_statistics(logits: Tensor, index: Tensor, with_sum: bool) -> Tensor:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/cross_entropy.py."""
     check_float(logits, "logits")
     index = _check_index(index, logits)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -78,6 +80,7 @@ def cross_entropy_statistics(logits: Tensor, index: Tensor, with_sum: bool) -> T
 def cross_entropy_grad(
     dloss: Tensor, logits: Tensor, index: Tensor, lse: Tensor, ignored: Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
+    """The same."""
     check_float(logits, "logits")
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = logits.new_empty(logits.shape)
@@ -88,6 +91,7 @@ def cross_entropy_grad(
 def cross_entropy_grad_(
     dloss: Tensor, logits: Tensor, index: Tensor, lse: Tensor, ignored: Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> None:
+    """The same, over the logits."""
     check_float(logits, "logits")
     require(logits.dim() == 2, f"logits have shape {list(logits.shape)} and must be [t, v]: flatten them")
     t, v = logits.shape

@@ -37,6 +37,7 @@ def dropout_kernel(  # type: ignore[no-untyped-def]
 
 
 def dropout(x: Tensor, rows: Tensor, key: int, p: float, column: int) -> Tensor:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/dropout.py."""
     check_float(x, "x")
     require(0 <= p < 1, f"p={p:g} must lie in [0, 1): lower it")
     x, h = x.contiguous(), x.shape[-1]

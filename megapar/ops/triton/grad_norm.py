@@ -38,6 +38,7 @@ def row_squares(a, b, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def chunk_squares(p, left, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of squares of a chunk in fp64; WIDE, each square too."""
     squares = tl.zeros([ROWS], tl.float64)
     for i in range(0, CHUNK // 8, ROWS):
         a, b = load_halves(p, i + tl.arange(0, ROWS), left, ALIGNED)
@@ -61,6 +62,7 @@ def count(a, b):  # type: ignore[no-untyped-def]
 def store_counts(  # type: ignore[no-untyped-def]
     out, p, left, ZEROS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
+    """How many elements of a chunk are not finite, and how many are 0."""
     # What is not in the chunk was loaded as zeros.
     nonfinite = left * 0
     zeros, padding = nonfinite, CHUNK - left
@@ -87,6 +89,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     table, chunks, partials, grad_dtype: tl.constexpr, ALIGNED: tl.constexpr, COUNT_ZEROS: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """The three sums of one chunk, to its place in `partials`."""
     program = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(chunks + 2 * program).to(tl.int64) * 3
     chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
@@ -110,6 +113,7 @@ def sums_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def tensors_kernel(table, partials, sums, CHUNK: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of one tensor's chunks, by lane and then in a tree: an order that its size alone decides."""
     tensor = tl.program_id(0).to(tl.int64)
     entry = table + tensor * 3
     count, first = (tl.load(entry + 1) + CHUNK - 1) // CHUNK, partials + tl.load(entry + 2) * 3
@@ -127,6 +131,7 @@ def tensors_kernel(table, partials, sums, CHUNK: tl.constexpr, LANES: tl.constex
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["total"])
 def total_kernel(sums, total, n, UNROLL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """total += the sums of the tensors, one after the other."""
     squares, nonfinite, zeros = tl.load(total), tl.load(total + 1), tl.load(total + 2)
     for i in range(0, n, UNROLL):
         for k in tl.static_range(UNROLL):  # so that their loads are in flight together
@@ -140,6 +145,7 @@ def total_kernel(sums, total, n, UNROLL: tl.constexpr):  # type: ignore[no-untyp
 
 
 def grad_norm_(total: Tensor, grads: Sequence[Tensor], count_zeros: bool = False) -> None:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/grad_norm.py."""
     tables, partials = grad_norm_tables(total, grads)
     if partials == 0:
         return

@@ -32,6 +32,7 @@ def gelu_gate(z):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """act(z) of the activations with one input."""
     if ACTIVATION == "gelu":
         return z * gelu_gate(z)
     elif ACTIVATION == "silu":
@@ -108,6 +109,7 @@ def linear_input_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/linear.py."""
     _check_weight(x, weight, "x", 1)
     _check_activation(activation)
     (out, k), pair = weight.shape, activation == "swiglu"
@@ -125,6 +127,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
 
 
 def linear_input_grad(dy: Tensor, weight: Tensor, z: Tensor | None, activation: str) -> Tensor:
+    """The same."""
     _check_weight(dy, weight, "dy", 0)
     _check_activation(activation)
     k, n = weight.shape

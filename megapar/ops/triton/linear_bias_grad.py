@@ -43,6 +43,7 @@ def linear_bias_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 def linear_bias_grad_(target: Tensor, dy: Tensor, beta: float) -> None:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/linear.py."""
     check_float(dy, "dy")
     x = rows(dy)
     t, n = x.shape

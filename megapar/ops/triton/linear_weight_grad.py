@@ -45,6 +45,7 @@ def linear_weight_grad_kernel(  # type: ignore[no-untyped-def]
 def linear_weight_grad_(
     target: Tensor, dy: Tensor, x: Tensor, beta: float, alpha: float = 1.0, scale: Tensor | None = None, non_finite: Tensor | None = None
 ) -> None:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/linear.py."""
     check_float(dy, "dy")
     check_same(x, dy, "x", "dy")
     flat_dy, flat_x = rows(dy), rows(x)

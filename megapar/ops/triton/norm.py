@@ -25,6 +25,7 @@ WIDEST, CHUNK = 16384, 4096
 
 @dataclass(frozen=True)
 class Tile:
+    """What a program holds: `rows` rows of `block` columns, of which h count."""
     rows: int
     block: int
     num_warps: int
@@ -90,6 +91,7 @@ def _moments(z, mask, h, scale, CENTRED: tl.constexpr):  # type: ignore[no-untyp
 def norm_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, y, s, mean, rstd, t, h, eps, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """ROWS rows, held."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < h
@@ -134,6 +136,7 @@ def _wide_moments(x, residual, start, h, scale, CENTRED: tl.constexpr, BLOCK: tl
 def norm_wide_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, y, s, mean, rstd, h, eps, CENTRED: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """One row, walked."""
     row = tl.program_id(0).to(tl.int64)
     start = row * h
     m, square = _wide_moments(x, residual, start, h, 1.0, CENTRED, BLOCK)
@@ -160,6 +163,7 @@ def norm_wide_kernel(  # type: ignore[no-untyped-def]
 
 
 def check_weight(weight: Tensor, x: Tensor, name: str) -> None:
+    """[h], in the dtype of x or fp32, beside x."""
     h = x.shape[-1]
     require(weight.shape == (h,), f"{name} has shape {list(weight.shape)} and x {list(x.shape)}: {name} must be [{h}]")
     require(
@@ -170,6 +174,7 @@ def check_weight(weight: Tensor, x: Tensor, name: str) -> None:
 
 
 def check_shape(x: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    """The shape, dtype and device of the other."""
     check_same(x, other, name, other_name)
     require(
         x.shape == other.shape, f"{name} has shape {list(x.shape)} and {other_name} {list(other.shape)}: they must be the same"
@@ -177,6 +182,7 @@ def check_shape(x: Tensor, other: Tensor, name: str, other_name: str) -> None:
 
 
 def check_statistic(statistic: Tensor, s: Tensor, name: str) -> None:
+    """fp32, one for each row of s."""
     require(
         statistic.dtype == torch.float32 and statistic.shape == s.shape[:-1] and statistic.device == s.device,
         f"{name} has shape {list(statistic.shape)} and dtype {named(statistic.dtype)}: give what the forward returned",

@@ -75,6 +75,7 @@ def rope_qkv_kernel(  # type: ignore[no-untyped-def]
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, b: int, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/rope.py."""
     check_float(qkv, "qkv")
     require(qkv.dim() == 2, f"qkv has shape {list(qkv.shape)} and must be [t, (q_heads + 2 kv_heads) d]: flatten it")
     t, width = qkv.shape
@@ -92,6 +93,7 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, b: int, q_heads: int, kv_hea
 
 
 def rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same."""
     check_float(dq, "dq")
     check_same(dk, dq, "dk", "dq")
     check_same(dv, dq, "dv", "dq")

@@ -17,4 +17,5 @@ def stride(x: Tensor) -> int:
 
 
 def with_last(x: Tensor, width: int) -> list[int]:
+    """The shape of x, but for the last dimension."""
     return [*x.shape[:-1], width]

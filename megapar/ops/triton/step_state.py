@@ -24,6 +24,7 @@ LANES = 32
 
 @triton.jit
 def finite(x):  # type: ignore[no-untyped-def]
+    """Neither inf nor NaN."""
     return (x - x) == 0
 
 
@@ -46,6 +47,7 @@ def step_state_kernel(  # type: ignore[no-untyped-def]
     table, scalars, counters, total, count, n, max_norm: tl.float64, growth_factor: tl.float64, backoff_factor: tl.float64,
     growth_interval: tl.int64, hysteresis: tl.int64, min_scale: tl.float64, LANES: tl.constexpr,
 ):  # fmt: skip
+    """The whole step: the six scalars, then LANES rows at a time."""
     squares, loss_scale = tl.load(total), tl.load(scalars + 3)
     skip = (tl.load(total + 1) > 0) | (not finite(squares))
     scale = 1.0 / (loss_scale * tl.load(count))
@@ -95,6 +97,7 @@ def step_state_(
     hysteresis: int,
     min_scale: float,
 ) -> None:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/step_state.py."""
     table = step_state_table(scalars, counters, total, count, rows, beta1, beta2).on_this_stream()
     launch(
         step_state_kernel, (1,), table, scalars, counters, total, count, len(rows), -1.0 if max_norm is None else float(max_norm),

@@ -39,6 +39,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["t"])
 def swiglu_kernel(x, y, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of y."""
     row, column, mask = _place(t, f, ROWS, BLOCK)
     at = row * 2 * f + column
     gate, up = load(x + at, mask), load(x + f + at, mask)
@@ -47,6 +48,7 @@ def swiglu_kernel(x, y, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type:
 
 @triton.jit(do_not_specialize=["t"])
 def swiglu_backward_kernel(dy, x, dx, t, f, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of dy, and both halves of dx."""
     row, column, mask = _place(t, f, ROWS, BLOCK)
     at = row * 2 * f + column
     gate, up = load(x + at, mask), load(x + f + at, mask)
@@ -56,6 +58,7 @@ def swiglu_backward_kernel(dy, x, dx, t, f, ROWS: tl.constexpr, BLOCK: tl.conste
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """Body of the op: shapes, dtypes and errors are those of megapar/ops/swiglu.py."""
     check_float(gate_up, "gate_up")
     require(gate_up.shape[-1] % 2 == 0, f"gate_up is {gate_up.shape[-1]} wide and must hold gate and up: give it an even width")
     x = gate_up.contiguous()
@@ -65,6 +68,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The same."""
     check_float(gate_up, "gate_up")
     check_same(dy, gate_up, "dy", "gate_up")
     require(

@@ -109,6 +109,7 @@ def registers_fit(numbers: int, arch: int, epilogue: Epilogue) -> bool:
 
 
 def shared(arch: int) -> int:
+    """Bytes of shared memory that a program may have."""
     return SHARED.get(arch, 99) * 1024
 
 
