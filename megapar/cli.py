@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapar.doctor import doctor
+from megapar.failures import RemoteError, named_failures
 from megapar.mesh import ParallelMesh
 from megapar.pipeline.kinds import KINDS, make_schedule
 from megapar.pipeline.schedule import Schedule
@@ -16,7 +17,7 @@ from megapar.pipeline.zero_bubble import split_backward
 from megapar.planning.schedule import parse_costs, plan_schedule
 from megapar.training.config import load_config
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
-from megapar.training.loop import check_layout, make_mesh, named_failures, train
+from megapar.training.loop import check_layout, make_mesh, train
 from megapar.training.report import report
 from megapar.training.text import load_text
 from megapar.training.verify import load_subject, verify
@@ -65,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[command](rest)
     except (ValueError, OSError) as error:
         return _refuse(error, 2)
-    except RuntimeError as error:
-        if "stopped answering" not in str(error):
-            raise
+    except RemoteError as error:
         return _refuse(error, 1)
     except KeyboardInterrupt:
         return 130

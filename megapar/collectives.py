@@ -17,18 +17,15 @@ makes sure.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.mesh import Axis, ParallelMesh
+from megapar.mesh import Axis
 from megapar.params import Interval, spec_of
-from megapar.shared_memory import process_is_gone
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 
@@ -198,26 +195,3 @@ def raise_together(error: Exception | None, axis: Axis) -> None:
             if error is not None and rank == axis.rank:
                 raise error
             raise ValueError(told)
-
-
-def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) -> list[int]:
-    """After a collective failed: the global ranks that died, or else those that do not answer through the store within `wait`.
-
-    With gloo only a dead rank's neighbours see the failure at once; others still wait in the collective and answer no more than a dead
-    one. On this host their processes tell them apart. Empty if it cannot be told: the store is gone, or not the mesh's.
-    """
-    if mesh.store is None:
-        return []
-    silent: list[int] = []
-    try:
-        mesh.store.set(f"megapar/alive/{mesh.world.rank}", "1")
-        for rank in mesh.world.ranks:
-            try:
-                mesh.store.wait([f"megapar/alive/{rank}"], timedelta(seconds=0.1) if silent else wait)
-            except dist.DistStoreError:
-                silent.append(rank)
-        places = {rank: mesh.store.get(f"megapar/process/{rank}").decode().split() for rank in silent}
-        dead = [rank for rank, (host, process) in places.items() if host == socket.gethostname() and process_is_gone(int(process))]
-    except dist.DistNetworkError:
-        return []
-    return dead or silent

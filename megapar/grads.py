@@ -1,13 +1,15 @@
 """Where a gradient is accumulated.
 
-Without `MainGrads` a parameter behaves as in plain PyTorch: its gradient arrives in `.grad`. With it, whoever computes a gradient asks
-`target(param)` for the place to add it, so that a weight gradient goes from the GEMM straight into fp32 `param.main_grad`, with no
-temporary in the weight's dtype. Gradients that autograd itself delivers are moved there by a hook, and `.grad` is cleared.
+Without `MainGrads` a parameter behaves as in plain PyTorch: its gradient arrives in `.grad`. With it, whoever computes a gradient has
+`accumulate(param, write)` call `write` with the place to add it, so that a weight gradient goes from the GEMM straight into fp32
+`param.main_grad`, with no temporary in the weight's dtype. Gradients that autograd itself delivers are moved there by a hook, and `.grad`
+is cleared. Under a `Deferral` what `accumulate` is given is computed later: that is the W of a pipeline's split backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from megapar.params import spec_of
 from megapar.transport import start_all_reduce
+
+Write = Callable[[Tensor, float], object]
+"""Called with (tensor, beta): writes tensor = beta * tensor + gradient."""
 
 
 def target(param: Tensor) -> tuple[Tensor | None, float]:
@@ -31,16 +36,65 @@ def target(param: Tensor) -> tuple[Tensor | None, float]:
     return main_grad, beta
 
 
-def add(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Adds a gradient to the parameter's main_grad and returns None, or returns it for autograd to deliver if there is none."""
-    main_grad, beta = target(param)
-    if main_grad is None:
-        return grad
-    if beta:
-        main_grad.add_(grad)
+def accumulate(param: Tensor, write: Write) -> bool:
+    """Has `write` add a gradient to the parameter's main_grad: now, or, under a `Deferral`, when that is run.
+
+    False, and nothing is called, for a parameter without main_grad, whose gradient autograd delivers.
+    """
+    if getattr(param, "main_grad", None) is None:
+        return False
+    deferral: Deferral | None = getattr(param, "_deferral", None)
+    if deferral is None or deferral.waiting is None:
+        _write_now(param, write)
     else:
-        main_grad.copy_(grad)
-    return None
+        deferral.waiting.append(lambda: _write_now(param, write))
+    return True
+
+
+def is_deferred(param: Tensor) -> bool:
+    """Whether `accumulate` would keep its `write` for later: what only that needs is then not worth starting."""
+    deferral: Deferral | None = getattr(param, "_deferral", None)
+    return deferral is not None and deferral.waiting is not None
+
+
+def _write_now(param: Tensor, write: Write) -> None:
+    main_grad, beta = target(param)
+    assert main_grad is not None
+    write(main_grad, beta)
+
+
+def add(param: Tensor, grad: Tensor) -> None:
+    """Adds a gradient to the parameter's main_grad."""
+    _write_now(param, lambda main_grad, beta: put(main_grad, beta, grad))
+
+
+def put(tensor: Tensor, beta: float, grad: Tensor) -> None:
+    """The `Write` of a gradient that is there already."""
+    if beta:
+        tensor.add_(grad)
+    else:
+        tensor.copy_(grad)
+
+
+class Deferral:
+    """Puts off the weight gradients of some parameters that have a main_grad, those whose layers hand them to `accumulate`.
+
+    `with deferral.collect() as waiting: backward` computes the other gradients; calling what is in `waiting`, in its order, the rest.
+    Until then the tensors that it needs are kept. Norm gains and other vectors that autograd delivers are not put off.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.waiting: list[Callable[[], None]] | None = None
+        for param in params:
+            param._deferral = self  # type: ignore[attr-defined]
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Callable[[], None]]]:
+        waiting = self.waiting = []
+        try:
+            yield waiting
+        finally:
+            self.waiting = None
 
 
 class MainGrads:
@@ -70,7 +124,8 @@ class MainGrads:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Completes the sums: parameters that no backward reached get zeros, partial gradients are summed over their axis.
+        """Completes the sums: parameters that no backward reached get zeros, partial gradients are summed over their axis, those of tied
+        weights over the stages that use them.
 
         A rank that used a parameter and one that did not take part in the same collectives: the order is the parameters'.
         """
@@ -82,8 +137,9 @@ class MainGrads:
             spec = spec_of(param)
             if not param._main_grad_written:
                 add(param, torch.zeros((), dtype=param.main_grad.dtype, device=param.device).expand_as(param))
-            if spec is not None and spec.grad_sum is not None and spec.grad_sum.size > 1:
-                sums.append(start_all_reduce(param.main_grad, spec.grad_sum))
+            for axis in () if spec is None else (spec.grad_sum, spec.tie):
+                if axis is not None and axis.size > 1:
+                    sums.append(start_all_reduce(param.main_grad, axis))
         for pending in sums:
             pending.wait()
 

@@ -107,8 +107,12 @@ class ParallelMesh:
         self.device = torch.device(device) if device is not None else _local_device()
         self.store: dist.Store | None = None
         self._owns_world = False
-        if world_size > 1 and not dist.is_initialized():
-            self._join_world(timeout)
+        if world_size > 1:
+            if not dist.is_initialized():
+                self._join_world(timeout)
+            # It outlives a broken process group: through it the survivors learn which rank is gone, and why (failures.py).
+            self.store = self.store or dist.distributed_c10d._get_default_store()
+            self.store.set(f"megapar/process/{dist.get_rank()}", f"{socket.gethostname()} {os.getpid()}")
         rank = dist.get_rank() if world_size > 1 else 0
         group = dist.group.WORLD if world_size > 1 else None
         self.world = Axis("world", rank, world_size, tuple(range(world_size)), group, timeout)
@@ -139,10 +143,8 @@ class ParallelMesh:
     def _join_world(self, timeout: timedelta) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        # The store outlives a broken process group: it is how the survivors learn which rank is gone (collectives.missing_ranks).
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         self.store = store
-        store.set(f"megapar/process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         prefixed = dist.PrefixStore("megapar", store)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)

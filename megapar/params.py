@@ -59,15 +59,20 @@ class ParamSpec:
     init: fills each logical tensor; None leaves the values to whoever made the parameter.
     grad_sum: the axis over which its gradient is a partial sum (norm gains and row biases under sequence parallelism, KV heads that
         several ranks share); None where each rank's gradient is complete.
+    tie: the ranks of a pipeline that use the same logical tensors elsewhere in the model (tied embeddings). Their gradients are summed
+        once a step, by `grads.MainGrads.finish`.
     owner: whether this rank's copy counts in norms and is saved; of several equal copies exactly one is owned.
     decay: whether weight decay applies: to matrices, not to biases and gains.
+    defers: whether its layer hands the gradient to `grads.accumulate`, so that it can be computed after that of the layer's input.
     """
 
     pieces: tuple[Piece, ...]
     init: Init | None = None
     grad_sum: Axis | None = None
+    tie: Axis | None = None
     owner: bool = True
     decay: bool = True
+    defers: bool = False
 
     @property
     def is_sharded(self) -> bool:

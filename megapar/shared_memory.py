@@ -40,6 +40,10 @@ SPINS, PATIENCE, NAP = 200, 0.02, 1e-4
 """Looks at a counter before yielding the core each time; seconds until naps replace that; seconds of a nap."""
 
 
+class CommunicationError(RuntimeError):
+    """A rank that this one needs died, did not come in time, or was in another collective. The axis cannot be used any more."""
+
+
 class Kind(IntEnum):
     """Which collective a tensor was posted for."""
 
@@ -92,7 +96,7 @@ class SharedMemory:
     def _whole(self) -> Iterator[None]:
         """What is left in the middle, also by Ctrl-C, would pair later operations of this rank with earlier ones of others."""
         if self._broken is not None:
-            raise RuntimeError(f"an earlier collective of this axis failed ({self._broken}): start the ranks again") from self._broken
+            raise CommunicationError(f"an earlier collective of this axis failed ({self._broken}): start the ranks again") from self._broken
         try:
             yield
         except BaseException as error:
@@ -103,7 +107,7 @@ class SharedMemory:
         theirs = int(self._signatures[rank, posted.number % RING])
         if theirs != posted.signature:
             mine, other = (f"{Kind(s % 8).name} of {s // 64} x {s // 8 % 8 + 1} bytes" for s in (posted.signature, theirs))
-            raise RuntimeError(f"rank {rank} of the axis is in {other} and this one in {mine}: give all ranks the same calls and shapes")
+            raise CommunicationError(f"rank {rank} of the axis is in {other}, this one in {mine}: give all ranks the same calls and shapes")
 
     def _view(self, rank: int, posted: Posted) -> Tensor:
         return self._slots[rank][posted.number % RING][: posted.bytes].view(posted.dtype).view(posted.shape)
@@ -118,7 +122,7 @@ class SharedMemory:
                     trouble = self._pause(rank, time.monotonic() - begin)
                     # It may have posted its last and ended while this rank slept: only a counter that is still behind counts.
                     if trouble and counters[rank] < number:
-                        raise RuntimeError(trouble)
+                        raise CommunicationError(trouble)
 
     def _pause(self, rank: int, waited: float) -> str | None:
         """Lets others run while this rank waits for `rank`; why there is no more use in waiting, if so."""

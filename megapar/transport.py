@@ -1,14 +1,18 @@
-"""Collectives along one Axis, started now and waited for later.
+"""Collectives and messages along one Axis, started now and waited for later.
 
 On CUDA they are NCCL's. On CPU every rank gets every other's tensor and adds them itself, in rank order, in at least fp32: through memory
 that the ranks of a host share (`megapar.shared_memory`) as long as the tensor fits, else as one message to each through the process
 group. gloo's own collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop.
 `benchmarks/overhead.py` measures the difference. An all-reduce of a large tensor over more than two ranks is gloo's, which sends less.
+
+Whatever goes wrong with another rank raises CommunicationError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -16,11 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
-from megapar.shared_memory import Kind, SharedMemory
+from megapar.shared_memory import CommunicationError, Kind, SharedMemory
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+NEVER = 2**31 - 1
+"""The tag of no message."""
 
 Works = Sequence[dist.Work | None]
 
@@ -42,7 +49,7 @@ class _Messages:
         if self._result is None:
             for work in self._works:
                 if work is not None:
-                    work.wait()
+                    wait(work)
             self._result = self._finish()
         return self._result
 
@@ -52,6 +59,49 @@ def group_of(axis: Axis) -> dist.ProcessGroup:
     if axis.group is None:
         raise ValueError(f"axis {axis.name} of size {axis.size} only describes a layout: take the axis of a ParallelMesh to communicate")
     return axis.group
+
+
+def wait(work: dist.Work) -> None:
+    """Waits for what was started. Raises CommunicationError if the other rank is gone or does not come in time."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise CommunicationError(str(error)) from error
+
+
+def start_send(x: Tensor, axis: Axis, rank: int, tag: int) -> dist.Work:
+    """Starts sending contiguous `x` to rank `rank` of the axis. The caller keeps `x` until it has waited.
+
+    On CPUs a receive takes the message of its tag. NCCL knows no tags: there the messages of two ranks need one order on both.
+    """
+    try:
+        return group_of(axis).send([x], rank, tag)
+    except RuntimeError as error:
+        raise CommunicationError(str(error)) from error
+
+
+def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> dist.Work:
+    """Starts filling contiguous `out` with the message of this tag from rank `rank` of the axis, of the same size."""
+    try:
+        return group_of(axis).recv([out], rank, tag)
+    except RuntimeError as error:
+        raise CommunicationError(str(error)) from error
+
+
+def close_connections(axis: Axis) -> None:
+    """Ends every wait of the axis's ranks for messages of its group, now and later, with an error. Nothing can be sent any more.
+
+    Destroying a gloo group leaves its connections open while anything refers to it. A receive that times out closes them all.
+    """
+    group = group_of(axis)
+    if dist.get_backend(group) == "nccl":
+        group.abort()
+    never_sent = torch.empty(1)
+    for rank in range(axis.size):
+        # One that is closed already raises at once and closes no other.
+        with suppress(RuntimeError):
+            if rank != axis.rank:
+                group.recv([never_sent], rank, NEVER).wait(timedelta(milliseconds=1))
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
@@ -104,9 +154,8 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
 
 def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis) -> Works:
     """Starts sending sends[r] to every other rank r of the axis, and receiving receives[r] from it. Messages of a pair keep their order."""
-    group = group_of(axis)
     others = [(axis.rank + i) % axis.size for i in range(1, axis.size)]
-    return [group.recv([receives[r]], r, 0) for r in others] + [group.send([sends[r]], r, 0) for r in others]
+    return [start_receive(receives[r], axis, r, 0) for r in others] + [start_send(sends[r], axis, r, 0) for r in others]
 
 
 def _memory(x: Tensor, axis: Axis) -> SharedMemory | None:

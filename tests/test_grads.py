@@ -9,7 +9,7 @@ from torch import nn
 
 from megapar import ColumnParallelLinear, ParallelMesh, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megapar.collectives import with_summed_grad
-from megapar.grads import MainGrads, add, target
+from megapar.grads import Deferral, MainGrads, accumulate, add, is_deferred, put, target
 from megapar.layers.norm import RMSNorm
 from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder
@@ -28,18 +28,37 @@ def test_target_follows_the_writes():
     assert target(param)[1] == 0.0
 
 
-def test_add():
+def test_accumulate():
     param = nn.Parameter(torch.zeros(2))
     grad = torch.ones(2)
-    assert add(param, grad) is grad and param.grad is None
+    assert not accumulate(param, lambda main_grad, beta: pytest.fail("there is no place to write to"))
     main = MainGrads([param])
     param.main_grad.fill_(torch.nan)  # fresh memory may hold anything
-    assert add(param, grad) is None
-    assert add(param, grad) is None
+    for _ in range(2):
+        assert accumulate(param, lambda main_grad, beta: put(main_grad, beta, grad))
     assert param.main_grad.tolist() == [2.0, 2.0]
     main.zero()
     add(param, grad)
     assert param.main_grad.tolist() == [1.0, 1.0]
+
+
+def test_deferral():
+    """What is put off is written when it is called, in its order, each with the beta of that time; the rest is written at once."""
+    early, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    MainGrads([early, late])
+    deferral = Deferral([late])
+    assert not is_deferred(late)
+    with deferral.collect() as waiting:
+        assert is_deferred(late) and not is_deferred(early)
+        for value in (1.0, 2.0):
+            for param in (early, late):
+                add_now = accumulate(param, lambda main_grad, beta, value=value: put(main_grad, beta, torch.full((2,), value)))
+                assert add_now
+    assert early.main_grad.tolist() == [3.0, 3.0] and not late._main_grad_written and len(waiting) == 2
+    add(late, torch.ones(2))  # outside of the with, and before what waits
+    for compute in waiting:
+        compute()
+    assert late.main_grad.tolist() == [4.0, 4.0]
 
 
 def test_hook_after_none():

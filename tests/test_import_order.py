@@ -16,7 +16,7 @@ ORDER = [
     ["shared_memory", "mesh", "params", "transport"],
     ["grads", "batch"],
     ["_C", "ops"],  # _C: the compiled kernels
-    ["optim", "collectives"],
+    ["optim", "collectives", "failures"],
     ["layers"],
     ["recompute"],
     ["pipeline", "zero"],

@@ -148,5 +148,5 @@ def disagree(what: str) -> str:
 @SHARED
 def test_disagreement_is_an_error(ranks):
     told = ranks.run(2, disagree, "size")
-    assert told[0].startswith("rank 1 of the axis is in ALL_GATHER of 4 x 4 bytes and this one in ALL_GATHER of 2 x 4 bytes")
-    assert ranks.run(2, disagree, "kind")[1].startswith("rank 0 of the axis is in ALL_GATHER of 2 x 4 bytes and this one in ALL_REDUCE")
+    assert told[0].startswith("rank 1 of the axis is in ALL_GATHER of 4 x 4 bytes, this one in ALL_GATHER of 2 x 4 bytes")
+    assert ranks.run(2, disagree, "kind")[1].startswith("rank 0 of the axis is in ALL_GATHER of 2 x 4 bytes, this one in ALL_REDUCE")

@@ -48,7 +48,7 @@ class VocabParallelEmbedding(nn.Module):
         self.start, stop = split(num_embeddings, self.tp.size, what="num_embeddings")[self.tp.rank]
         piece = Piece("weight", (num_embeddings, embedding_dim), (self.start, 0), (stop, embedding_dim))
         weight = torch.empty(stop - self.start, embedding_dim, device=device, dtype=dtype)
-        self.weight = SpecParameter.of(weight, ParamSpec((piece,), init or standard_normal))
+        self.weight = SpecParameter.of(weight, ParamSpec((piece,), init or standard_normal, defers=True))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,10 +88,14 @@ class _VocabEmbedding(torch.autograd.Function):
         index, elsewhere = ctx.saved_tensors
         if ctx.sharded:
             dy = start_all_gather(dy, ctx.axis).wait()[: index.shape[0]]
-        dy = dy.masked_fill(elsewhere[..., None], 0.0)
-        # Deterministic on every device, which index_add_ is not on CUDA.
-        dw = torch.ops.aten.embedding_dense_backward(dy, index, ctx.weight.shape[0], -1, False)
-        return None, grads.add(ctx.weight, dw), None, None, None
+        dy, rows = dy.masked_fill(elsewhere[..., None], 0.0), ctx.weight.shape[0]
+
+        def gradient() -> Tensor:
+            # Deterministic on every device, which index_add_ is not on CUDA.
+            return torch.ops.aten.embedding_dense_backward(dy, index, rows, -1, False)
+
+        later = grads.accumulate(ctx.weight, lambda main_grad, beta: grads.put(main_grad, beta, gradient()))
+        return None, None if later else gradient(), None, None, None
 
 
 def standard_normal(full: Tensor, generator: torch.Generator | None) -> None:

@@ -117,7 +117,7 @@ class ColumnParallelLinear(nn.Module):
             offset += part.size
         sharers = _sharers(self.tp, self.cuts)
         grad_sum = self.tp.subset(sharers) if len(sharers) > 1 else None
-        return ParamSpec(tuple(pieces), init, grad_sum, owner=self.tp.rank == sharers[0], decay=leaf == "weight")
+        return ParamSpec(tuple(pieces), init, grad_sum, owner=self.tp.rank == sharers[0], decay=leaf == "weight", defers=True)
 
 
 class RowParallelLinear(nn.Module):
@@ -153,12 +153,12 @@ class RowParallelLinear(nn.Module):
         self.local_features = stop - start
         weight = torch.empty(out_features, stop - start, device=device, dtype=dtype)
         piece = Piece("weight", (out_features, shards.size), (0, start), (out_features, stop))
-        self.weight = SpecParameter.of(weight, ParamSpec((piece,), init or kaiming_uniform))
+        self.weight = SpecParameter.of(weight, ParamSpec((piece,), init or kaiming_uniform, defers=True))
         self.bias: nn.Parameter | None = None
         if bias:
             whole = Piece.whole("bias", (out_features,))
             partial = self.tp if sequence_parallel and self.tp.size > 1 else None
-            spec = ParamSpec((whole,), uniform(shards.size**-0.5), partial, owner=self.tp.rank == 0, decay=False)
+            spec = ParamSpec((whole,), uniform(shards.size**-0.5), partial, owner=self.tp.rank == 0, decay=False, defers=True)
             self.bias = SpecParameter.of(weight.new_empty(out_features), spec)
         self.reset_parameters()
 

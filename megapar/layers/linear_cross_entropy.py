@@ -136,14 +136,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _deliver(weight: Tensor, dw: Tensor, ratio: Tensor) -> Tensor | None:
     """Adds ratio * dw to the weight's main_grad in one pass, or returns it for autograd."""
-    main_grad, beta = grads.target(weight)
-    if main_grad is None:
-        grad = torch.empty_like(weight)
-        for part, wide in zip(grad.split(1024), dw.split(1024), strict=True):  # no second fp32 gradient of the whole weight
-            part.copy_(wide * ratio)
-        return grad
-    if beta:
-        main_grad.addcmul_(dw, ratio)
-    else:
-        torch.mul(dw, ratio, out=main_grad)
-    return None
+
+
+    def write(main_grad: Tensor, beta: float) -> None:
+        if beta:
+            main_grad.addcmul_(dw, ratio)
+        else:
+            torch.mul(dw, ratio, out=main_grad)
+
+    if grads.accumulate(weight, write):
+        return None
+    grad = torch.empty_like(weight)
+    for part, wide in zip(grad.split(1024), dw.split(1024), strict=True):  # no second fp32 gradient of the whole weight
+        part.copy_(wide * ratio)
+    return grad

@@ -2,13 +2,14 @@
 
 Backward of a column-parallel layer: the input gradient is computed first, its all-reduce (reduce-scatter with sequence parallelism) is
 started, the weight gradient is computed while it runs. Under sequence parallelism only this rank's tokens are saved; all of them are
-gathered again while the input gradient is computed. Weight gradients go where `grads.target` says. `mlp` is a column-parallel layer, its
-activation and a row-parallel layer as one function: the activation and its derivative are computed where the GEMMs leave their results.
+gathered again while the input gradient is computed. `grads.accumulate` says where weight gradients go, and when. `mlp` is a
+column-parallel layer, its activation and a row-parallel layer as one function: the activation and its derivative are computed where the
+GEMMs leave their results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class _RowLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         dy, db = _row_gather(dy, ctx.bias, needs_bias, ctx.axis, ctx.t if ctx.sharded else None)
         dx = linear_input_grad(dy, weight) if needs_x else None
-        return dx, _weight_grad(weight, dy, x) if needs_weight else None, db, None, None
+        return dx, _weight_grad(weight, dy, lambda: x) if needs_weight else None, db, None, None
 
 
 class _MLP(torch.autograd.Function):
@@ -115,7 +116,7 @@ class _MLP(torch.autograd.Function):
         needs_x, needs_expand, needs_expand_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:5]
         dy, d_down_bias = _row_gather(dy, ctx.biases[1], needs_down_bias, ctx.axis, ctx.t if ctx.sharded else None)
         dz = linear_input_grad(dy, down, z, ctx.kind)
-        d_down = _weight_grad(down, dy, y) if needs_down else None
+        d_down = _weight_grad(down, dy, lambda: y) if needs_down else None
         needs = (needs_x, needs_expand, needs_expand_bias)
         dx, d_expand, d_expand_bias = _column_backward(dz, x, (expand, ctx.biases[0]), needs, ctx.axis, ctx.sharded)
         return dx, d_expand, d_expand_bias, d_down, d_down_bias, None, None, None
@@ -126,16 +127,19 @@ def _column_backward(
 ) -> tuple[Optional, Optional, Optional]:
     """The gradients of input, weight and bias; those of the latter two None where they went to main_grad."""
     (weight, bias), (needs_x, needs_weight, needs_bias) = parameters, needs
-    gathering = start_all_gather(x, axis) if sharded and needs_weight else None
+    gathering = start_all_gather(x, axis) if sharded and needs_weight and not grads.is_deferred(weight) else None
     dx: Optional = None
     reducing: Pending | None = None
     if needs_x:
         dx = linear_input_grad(dy, weight)
         if axis.size > 1:
             reducing = start_reduce_scatter(dx, axis) if sharded else start_all_reduce(dx.contiguous(), axis)
-    if gathering is not None:
-        x = gathering.wait()
-    dw = _weight_grad(weight, dy, x) if needs_weight else None
+
+
+    def whole() -> Tensor:
+        return gathering.wait() if gathering is not None else start_all_gather(x, axis).wait() if sharded else x
+
+    dw = _weight_grad(weight, dy, whole) if needs_weight else None
     db = _bias_grad(bias, dy) if bias is not None and needs_bias else None
     return reducing.wait() if reducing is not None else dx, dw, db
 
@@ -156,13 +160,14 @@ def _row_gather(dy: Tensor, bias: Optional, needs_bias: bool, axis: Axis, t: int
     return dy if gathering is None else gathering.wait()[:t], db
 
 
-def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    main_grad, beta = grads.target(weight)
-    grad = linear_weight_grad(dy, x, main_grad, beta)
-    return grad if main_grad is None else None
+def _weight_grad(weight: Tensor, dy: Tensor, x: Callable[[], Tensor]) -> Tensor | None:
+    """The gradient for autograd to deliver; None where main_grad has it, or will have it."""
+    if grads.accumulate(weight, lambda main_grad, beta: linear_weight_grad(dy, x(), main_grad, beta)):
+        return None
+    return linear_weight_grad(dy, x())
 
 
 def _bias_grad(bias: Tensor, dy: Tensor) -> Tensor | None:
-    main_grad, beta = grads.target(bias)
-    grad = linear_bias_grad(dy, main_grad, beta)
-    return grad if main_grad is None else None
+    if grads.accumulate(bias, lambda main_grad, beta: linear_bias_grad(dy, main_grad, beta)):
+        return None
+    return linear_bias_grad(dy)

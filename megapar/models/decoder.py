@@ -1,7 +1,9 @@
-"""The decoder: embedding, blocks, norm, output projection; Llama- or GPT-style by its config, tensor-parallel by its mesh."""
+"""The decoder: embedding, blocks, norm, output projection; Llama- or GPT-style by its config, tensor-parallel by its mesh; whole, or as a
+stage of a pipeline."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +19,16 @@ from megapar.layers.mlp import MLP
 from megapar.layers.norm import LayerNorm, RMSNorm
 from megapar.mesh import Axis, ParallelMesh
 from megapar.models.config import DecoderConfig
-from megapar.params import Init, ParamSpec, Piece, SpecParameter, initialize
+from megapar.params import Init, Interval, ParamSpec, Piece, SpecParameter, initialize
 
 
-class Decoder(nn.Module):
-    """TokenBatch of t tokens to logits [t, this rank's part of the vocabulary].
+class DecoderStage(nn.Module):
+    """Some of a decoder's blocks, the embedding before the first of them, the norm and output projection after the last.
 
-    Built on `meta` and then drawn tensor by tensor from (seed, name): the same model for every layout. Between embedding and output
-    projection hidden states are [t, h], or [ceil(t / tp), h] with `sequence_parallel`.
+    layers: the blocks [start, stop) that it holds; all of them by default. Built on `meta` and then drawn tensor by tensor from
+    (seed, name), which are those of the whole decoder: the same model for every layout. Between embedding and output projection hidden
+    states are [t, h], or [ceil(t / tp), h] with `sequence_parallel`. Tied embeddings on two pipeline ranks are two parameters that hold
+    one logical tensor: their gradients are summed over the two ranks, the first stage's is the one that counts and is saved.
     """
 
     def __init__(
@@ -33,40 +37,54 @@ class Decoder(nn.Module):
         vocab_size: int,
         mesh: ParallelMesh,
         *,
+        layers: Interval | None = None,
         sequence_parallel: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.tp = config, vocab_size, mesh.tp
+        start, stop = layers or (0, config.layers)
+        self.is_first, self.is_last = start == 0, stop == config.layers
         self.sequence_parallel = sequence_parallel and mesh.tp.size > 1
         init = normal(config.init_std)
         self.common: dict[str, Any] = {"tp": mesh.tp, "sequence_parallel": self.sequence_parallel, "device": "meta", "dtype": dtype}
-        self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, init=init, **self.common)
-        self.positions = LearnedPositions(config, mesh.tp, self.sequence_parallel, dtype) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(self._block(init) for _ in range(config.layers))
-        self.norm = self._norm()
-        self.head = ColumnParallelLinear(config.hidden_size, vocab_size, bias=False, init=init, **self.common)
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, init=init, **self.common)
+            self.positions = LearnedPositions(config, mesh.tp, self.sequence_parallel, dtype) if config.positions == "learned" else None
+        self.blocks = nn.ModuleDict({str(layer): self._block(init) for layer in range(start, stop)})
+        if self.is_last:
+            self.norm = self._norm()
+            self.head = ColumnParallelLinear(config.hidden_size, vocab_size, bias=False, init=init, **self.common)
         if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
+            self._tie(mesh.pp)
         initialize(self, seed, mesh.device)
 
-    def forward(self, batch: TokenBatch | Tensor) -> Tensor:
-        """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]."""
-        if isinstance(batch, Tensor):
-            batch = TokenBatch.of(batch)
-        return batch.unpad(self.head(self.hidden(batch)))
-
-    def hidden(self, batch: TokenBatch) -> Tensor:
-        """What the output projection is given: [t, h], or [ceil(t / tp), h] with sequence parallelism."""
-        if self.positions is not None:
-            check_ids(batch.position_ids, self.config.max_positions, "position_ids")
-        x = self.embedding(batch.tokens)
-        if self.positions is not None:
-            x = self.positions(x, batch)
-        for block in self.blocks:
+    def forward(self, x: Tensor | None, batch: TokenBatch) -> Tensor:
+        """Hidden states from those of the stage before, from `batch.tokens` on the first stage; normed on the last one."""
+        if self.is_first:
+            if self.positions is not None:
+                check_ids(batch.position_ids, self.config.max_positions, "position_ids")
+            x = self.embedding(batch.tokens)
+            if self.positions is not None:
+                x = self.positions(x, batch)
+        for block in self.blocks.values():
             x = block(x, batch)
-        return self.norm(x)
+        return self.norm(x) if self.is_last else x  # type: ignore[return-value]
+
+    def logits(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        """Of the last stage: logits [t, v / tp] of what its forward returned."""
+        return batch.unpad(self.head(x))
+
+    def _tie(self, pp: Axis) -> None:
+        if self.is_first and self.is_last:
+            self.head.weight = self.embedding.weight
+        elif self.is_first or self.is_last:
+            ends = pp.subset((0, pp.size - 1))
+            layer = self.embedding if self.is_first else self.head
+            spec = layer.weight.spec
+            pieces = tuple(replace(piece, name="../embedding.weight") for piece in spec.pieces)
+            layer.weight.spec = replace(spec, pieces=pieces, tie=ends, owner=self.is_first)
 
     def _norm(self) -> nn.Module:
         norm = RMSNorm if self.config.norm == "rms" else LayerNorm
@@ -89,6 +107,32 @@ class Decoder(nn.Module):
             config.hidden_size, config.ffn_size, activation=config.activation, bias=config.bias, init=init, out_init=out_init, **self.common
         )
         return DecoderBlock(self._norm(), attention, self._norm(), mlp)
+
+
+class Decoder(DecoderStage):
+    """All of a decoder: TokenBatch of t tokens to logits [t, this rank's part of the vocabulary]."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocab_size: int,
+        mesh: ParallelMesh,
+        *,
+        sequence_parallel: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(config, vocab_size, mesh, sequence_parallel=sequence_parallel, seed=seed, dtype=dtype)
+
+    def forward(self, batch: TokenBatch | Tensor) -> Tensor:  # type: ignore[override]
+        """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]."""
+        if isinstance(batch, Tensor):
+            batch = TokenBatch.of(batch)
+        return self.logits(self.hidden(batch), batch)
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """What the output projection is given: [t, h], or [ceil(t / tp), h] with sequence parallelism."""
+        return super().forward(None, batch)
 
 
 class LearnedPositions(nn.Module):

@@ -53,6 +53,17 @@ def interleaved_1f1b(pp: int, chunks: int, microbatches: int, group: int | None 
     return without_phantoms(_schedule(pp, chunks, forwards, warmups), microbatches)
 
 
+def forward_only(stage_to_rank: Sequence[int], microbatches: int) -> Schedule:
+    """Forwards alone, for evaluation: as many micro-batches as there are ranks go through a rank's first stage, then its next one."""
+    _refuse_none(microbatches=microbatches)
+    pp = 1 + max(stage_to_rank)
+    lists: list[list[Action]] = [[] for _ in range(pp)]
+    for first in range(0, microbatches, pp):
+        for stage, rank in enumerate(stage_to_rank):
+            lists[rank] += [Action("F", stage, m) for m in range(first, min(first + pp, microbatches))]
+    return Schedule(tuple(tuple(actions) for actions in lists), tuple(stage_to_rank))
+
+
 def padded(pp: int, microbatches: int, group: int) -> int:
     """The least number of micro-batches, not below this one, whose last group is not shorter than pp."""
     rest = microbatches % max(pp, min(group, microbatches))

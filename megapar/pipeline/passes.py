@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from megapar.pipeline.check import replay
 from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, SHARDING, Action, Schedule
@@ -54,6 +55,21 @@ def _messages(schedule: Schedule, action: Action) -> tuple[Action, Action] | Non
     if not 0 <= there < schedule.stages or holder[there] == holder[stage]:
         return None
     return Action("SEND_" + letter, stage, microbatch), Action("RECV_" + letter, there, microbatch)
+
+
+def receives_ahead(actions: Sequence[Action]) -> list[list[Action]]:
+    """For each action of one rank the receives to post before it starts, so that they are there when it ends.
+
+    Those of the F, I or B that comes next, posted while this one computes. The gradient of an output is not received before that output
+    is computed. Only for transports with tags: a message may overtake those before it in the list.
+    """
+    ahead: list[list[Action]] = [[] for _ in actions]
+    computing = [index for index, action in enumerate(actions) if action.kind in COMPUTE]
+    for before, after in pairwise(computing):
+        _, stage, microbatch = actions[before]
+        own = Action("RECV_B", stage, microbatch)
+        ahead[before] = [a for a in actions[before + 1 : after] if a.kind in RECEIVES and (a != own or actions[before].kind != "F")]
+    return ahead
 
 
 def with_sharding(schedule: Schedule, prefetch: int) -> Schedule:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megapar.collectives import check_same, missing_ranks, raise_together
+from megapar.collectives import check_same, raise_together
+from megapar.failures import named_failures
 from megapar.layers.attention import split_heads
 from megapar.mesh import ParallelMesh, data_parallel_size
 from megapar.models.decoder import Decoder
@@ -221,16 +222,3 @@ def _interrupts() -> Iterator[list[bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def named_failures(mesh: ParallelMesh) -> Iterator[None]:
-    """Turns a collective's failure into the name of the rank that is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        missing = missing_ranks(mesh) if mesh.world.size > 1 else []
-        if not missing:
-            raise
-        names = ", ".join(map(str, missing))
-        raise RuntimeError(f"rank {names} stopped answering: it died or hangs, see its output, then start again with --resume") from error

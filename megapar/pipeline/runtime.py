@@ -1,0 +1,281 @@
+"""The one runtime that executes any schedule: a loop over this rank's actions.
+
+Sends are started and forgotten, receives are posted one computation ahead of need and waited for where they are used: weaker than the
+rendezvous with which `check` proves a schedule, so what passes there cannot deadlock here. Gradients are sums: nothing here divides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megapar.collectives import check_same, gather_json, raise_together
+from megapar.failures import named_failures, tell_failure
+from megapar.mesh import ParallelMesh
+from megapar.pipeline.check import check
+from megapar.pipeline.orders import forward_only
+from megapar.pipeline.passes import receives_ahead, with_communication
+from megapar.pipeline.recorder import Recorder
+from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, SHARDING, Action, Schedule
+from megapar.pipeline.simulate import Timeline
+from megapar.pipeline.stage import LossFunction, Stage
+from megapar.pipeline.wire import Incoming, Payload, Wire, signature
+from megapar.shared_memory import CommunicationError
+from megapar.transport import close_connections, start_all_gather
+
+
+@dataclass
+class StepTotals:
+    """What the last stage's loss function summed over the micro-batches: zeros on ranks that do not hold that stage."""
+
+    loss: Tensor
+    count: int | Tensor = 0
+
+
+class PipelineRunner:
+    """This rank's chunks of a model, and the schedule that they run by.
+
+    chunks: a module for each stage that `schedule` places on this rank, in the order of the stages. Stage s is called as
+        chunk(x, micro_batch), x being what stage s - 1 returned, None for the first stage: one tensor, or a tuple of 1 to 16.
+    schedule: with its sends, or without (they are added). It is proven before anything runs.
+    inputs: for chunks that take one argument, plain nn.Modules: the first is called with inputs(micro_batch), the others with x.
+    sharding: called with each UNSHARD, RESHARD and REDUCE_GRAD of the schedule, which must have none if it is not given.
+
+    Gradients arrive in `.grad`, or in `main_grad` where `grads.MainGrads` was given the parameters, which schedules with W need. Every rank
+    of the mesh makes the runner together. Raises ValueError on every pipeline rank for chunks that do not fit the schedule, a schedule
+    that fails its proof or differs between ranks, and weights whose gradients a W cannot defer. After an error in a step the runner is
+    broken: every rank ends with the first failing rank's error.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        mesh: ParallelMesh,
+        schedule: Schedule,
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        sharding: Callable[[Action], None] | None = None,
+    ) -> None:
+        self.mesh, self.sharding = mesh, sharding
+        self._broken: BaseException | None = None
+        error: Exception | None = None
+        try:
+            self.schedule = prepared(schedule, mesh.pp.size, sharding is not None)
+            self.stages = _stages(chunks, self.schedule, mesh.pp.rank, inputs)
+        except ValueError as caught:
+            error = caught
+        raise_together(error, mesh.pp)
+        check_same(hashlib.sha256(str(self.schedule).encode()).hexdigest(), mesh.pp, "the schedule's sha256")
+        # Its own group: messages share no order with other collectives of the axis, and a rank that fails can close it (_fail).
+        group = dist.new_group(list(mesh.pp.ranks), timeout=mesh.pp.timeout, use_local_synchronization=True) if mesh.pp.size > 1 else None
+        self.wire = Wire(replace(mesh.pp, group=group), self.schedule.stage_to_rank, mesh.device)
+        self._evaluations: dict[int, Schedule] = {}
+        self._recorder = Recorder(mesh.device)
+
+    def step(self, micro_batches: Sequence[Any], loss_fn: LossFunction, *, loss_scale: float = 1.0) -> StepTotals:
+        """Forwards and backwards of one step; gradients are added to what is there.
+
+        micro_batches: as many as the schedule has, the same list on every rank of a pipeline. Shapes may differ from one to the next.
+        loss_fn(output, micro_batch): the fp32 sum of the losses, and how many they are; called on the last stage. loss_scale: the seed
+        of its backward. Raises ValueError on every rank, before anything is computed, for lists that differ or do not fit the schedule.
+        """
+        return self._execute(self.schedule, micro_batches, loss_fn, loss_scale)[0]
+
+    def evaluate(self, micro_batches: Sequence[Any], loss_fn: LossFunction) -> StepTotals:
+        """Forwards alone, without gradients, of any number of micro-batches, the same list on every rank of a pipeline."""
+        return self._execute(None, micro_batches, loss_fn, None)[0]
+
+    def forward(self, micro_batch: Any) -> Any:
+        """What the last stage returns for a micro-batch, without gradients; None on ranks that do not hold it."""
+        return self._execute(None, [micro_batch], None, None)[1]
+
+    def timeline(self) -> Timeline:
+        """What every rank did in the last `step` and when, in seconds since its start. All ranks of the pipeline call it."""
+        return Timeline(tuple(self._recorder.spans_from(told) for told in gather_json(self._recorder.told(), self.mesh.pp)))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return self.schedule.stage_to_rank[-1] == self.mesh.pp.rank
+
+    def _forward_schedule(self, microbatches: int) -> Schedule:
+        if microbatches not in self._evaluations:
+            self._evaluations[microbatches] = with_communication(forward_only(self.schedule.stage_to_rank, microbatches))
+        return self._evaluations[microbatches]
+
+    def _execute(
+        self, schedule: Schedule | None, micro_batches: Sequence[Any], loss_fn: LossFunction | None, loss_scale: float | None
+    ) -> tuple[StepTotals, Any]:
+        """Runs `schedule`, or forwards alone."""
+        if self._broken is not None:
+            raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again") from self._broken
+        with named_failures(self.mesh):
+            signed = self._agree(None if schedule is None else schedule.microbatches, micro_batches)
+            schedule = schedule or self._forward_schedule(len(signed))
+            step = _Step(self, schedule, micro_batches, signed, loss_fn, loss_scale)
+            with self._failing(step):
+                step.run()
+        return step.totals, step.output
+
+    def _agree(self, wanted: int | None, micro_batches: Sequence[Any]) -> list[Hashable]:
+        """The signature of each micro-batch, once all ranks have said that theirs are the same. One exchange of 16 bytes, on the host."""
+        error: ValueError | None = None
+        signed: list[Hashable] = []
+        try:
+            signed = [signature(micro_batch) for micro_batch in micro_batches]
+            if (wanted is not None and len(signed) != wanted) or not signed:
+                raise ValueError(f"the step was given {len(signed)} micro-batches and takes {wanted or '1 or more'}: give as many")
+        except ValueError as caught:
+            error = caught
+        axis = self.mesh.world if self.mesh.dp.size == 1 else self.mesh.pp
+        if axis.size == 1:
+            raise_together(error, axis)
+            return signed
+        digest = int.from_bytes(hashlib.sha256(repr(signed).encode()).digest()[:7], "little")
+        mine = torch.tensor([[len(micro_batches), -1 if error else digest]])
+        everyone = start_all_gather(mine, axis).wait()
+        if error is not None or bool((everyone != mine).any()) or bool((everyone[:, 1] < 0).any()):
+            check_same(len(micro_batches), axis, "the number of micro-batches")
+            raise_together(error, axis)
+            check_same([str(s) for s in signed], axis, "what the micro-batches look like")
+        return signed
+
+    @contextmanager
+    def _failing(self, step: _Step) -> Any:
+        """Lets no rank wait for one that failed: it leaves word and closes its connections, which ends the waits of its neighbours."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            for stage in self.stages.values():
+                stage.forget()
+            if self.wire.axis.group is not None:
+                if not isinstance(error, CommunicationError):
+                    tell_failure(self.mesh, error, str(step.action))
+                close_connections(self.wire.axis)
+            raise
+
+
+class _Step:
+    """One pass through a schedule."""
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        schedule: Schedule,
+        micro_batches: Sequence[Any],
+        signed: Sequence[Hashable],
+        loss_fn: LossFunction | None,
+        loss_scale: float | None,
+    ) -> None:
+        self.stages, self.wire, self.sharding = runner.stages, runner.wire, runner.sharding
+        self.actions, self.micro_batches, self.signed = schedule.ranks[runner.mesh.pp.rank], micro_batches, signed
+        self.loss_fn, self.trains = loss_fn, loss_scale is not None
+        device = runner.mesh.device
+        self.seed = torch.tensor(1.0 if loss_scale is None else loss_scale, device=device)
+        self.totals, self.output = StepTotals(torch.zeros((), device=device)), None
+        self.recorder = runner._recorder if self.trains else Recorder(device)
+        self.action: Action | None = None
+        self.here: dict[tuple[str, int, int], Payload] = {}  # by F or B, stage and micro-batch: what that F or B is about to be given
+        self.coming: dict[Action, Incoming] = {}
+
+    def run(self) -> None:
+        # Messages without tags (NCCL's) must stay in the order of the list.
+        tagged = self.wire.device.type == "cpu"
+        ahead = receives_ahead(self.actions) if tagged else [[] for _ in self.actions]
+        self.recorder.start()
+        for action, soon in zip(self.actions, ahead, strict=True):
+            self.action = action
+            for receive in soon:
+                if self.wire.knows(receive, self.signed[receive.microbatch or 0]):
+                    self._post(receive)
+            if action.kind in COMPUTE:
+                self._compute(action)
+            elif action.kind in RECEIVES:
+                self._post(action)
+            elif action.kind in SENDS:
+                self._send(action)
+            elif self.sharding is not None:
+                self.sharding(action)
+        self.wire.flush()
+
+    def _post(self, action: Action) -> None:
+        if action not in self.coming:
+            self.coming[action] = self.wire.receive(action, self.signed[action.microbatch or 0])
+
+    def _send(self, action: Action) -> None:
+        kind, stage, m = action
+        there = ("F", stage + 1, m or 0) if kind == "SEND_F" else ("B", stage - 1, m or 0)
+        self.wire.send(action, self.here.pop(there), self.signed[m or 0])
+
+    def _arrived(self, letter: str, stage: int, m: int) -> Payload:
+        """What an F or B is given: from a stage of this rank, or over the wire."""
+        receive = self.coming.pop(Action(f"RECV_{letter}", stage, m), None)
+        return self.here.pop((letter, stage, m)) if receive is None else receive.arrived()
+
+    def _compute(self, action: Action) -> None:
+        kind, index, microbatch = action
+        m, stage = microbatch or 0, self.stages[index]
+        if kind == "F":
+            received = None if stage.is_first else self._arrived("F", index, m)
+            begin = self.recorder.now()
+            self._forward(stage, m, received)
+        elif kind == "W":
+            begin = self.recorder.now()
+            stage.weight_gradients(m)
+        else:
+            gradients = (self.seed,) if stage.is_last else self._arrived("B", index, m).tensors
+            begin = self.recorder.now()
+            found = (stage.backward if kind == "B" else stage.input_gradients)(m, gradients)
+            if not stage.is_first:
+                self.here["B", index - 1, m] = found
+        self.recorder.add(action, begin)
+
+    def _forward(self, stage: Stage, m: int, received: Payload | None) -> None:
+        output: Payload | None
+        if self.trains:
+            assert self.loss_fn is not None
+            output, found = stage.forward(m, received, self.micro_batches[m], self.loss_fn)
+        else:
+            output, found = stage.evaluate(received, self.micro_batches[m], self.loss_fn)
+        if found is not None:
+            self.totals.loss += found[0]
+            self.totals.count = self.totals.count + found[1]
+        elif output is not None and stage.is_last:
+            self.output = output.value
+        elif output is not None:
+            self.here["F", stage.index + 1, m] = output
+
+
+def prepared(schedule: Schedule, pp: int, shards: bool) -> Schedule:
+    """The schedule as it is executed: proven, with its sends. Raises ValueError for one that does not suit `pp` ranks."""
+    if len(schedule.ranks) != pp:
+        raise ValueError(f"the schedule has {len(schedule.ranks)} ranks and the mesh pp={pp}: make one for {pp}, or another mesh")
+    if schedule.has(SHARDING) and not shards:
+        raise ValueError("the schedule has sharding actions and the runner nobody to do them: give it sharding=, or a schedule without")
+    if not schedule.has(("B", "I")):
+        raise ValueError("the schedule has no backward, so it trains nothing: PipelineRunner.evaluate makes its own of forwards")
+    if not schedule.has(SENDS + RECEIVES):
+        check(schedule)
+        schedule = with_communication(schedule)
+    check(schedule)
+    return schedule
+
+
+def _stages(chunks: Sequence[nn.Module], schedule: Schedule, rank: int, inputs: Callable[[Any], Any] | None) -> dict[int, Stage]:
+    places = [stage for stage, holder in enumerate(schedule.stage_to_rank) if holder == rank]
+    if len(chunks) != len(places):
+        raise ValueError(f"rank {rank} has {len(chunks)} chunks and the schedule gives it stages {places}: give {len(places)} chunks")
+    stages = {place: Stage(chunk, place, schedule.stages, inputs) for place, chunk in zip(places, chunks, strict=True)}
+    for stage in stages.values():
+        stage.check_ties()
+        if schedule.has("W"):
+            stage.defer()
+    return stages
