@@ -92,7 +92,8 @@ def as_axis(tp: TensorParallel, name: str = "tp") -> Axis:
 
 
 class ParallelMesh:
-    """The grid of ranks: `mesh.tp`, `mesh.dp`, `mesh.pp` and `mesh.world` are axes; `dp` fills the world.
+    """The grid of ranks: `mesh.tp`, `mesh.dp`, `mesh.pp` and `mesh.world` are axes; `dp` fills the world. `mesh.pp_ends` joins the first
+    and the last pipeline rank, which share tied embeddings.
 
     Under torchrun it initialises the default process group if nobody did (NCCL for CUDA tensors, gloo otherwise) and sets the CUDA
     device; without torchrun the world is one process. `timeout` bounds how long a collective waits for a rank that died or hangs.
@@ -121,6 +122,9 @@ class ParallelMesh:
             self.tp = replace(self.tp, memory=connect(self.tp.rank, tp, self.tp.group, timeout.total_seconds()))
         self.dp = self._axis("dp", [[p * tp * dp + i + j * tp for j in range(dp)] for p in range(pp) for i in range(tp)], timeout)
         self.pp = self._axis("pp", [[i + p * tp * dp for p in range(pp)] for i in range(tp * dp)], timeout)
+        # Made on every rank, though only some are in one: torch names a group made by its members alone after how many groups they have.
+        ends = [[i, i + (pp - 1) * tp * dp] for i in range(tp * dp)] if pp > 2 else []
+        self.pp_ends = self.pp if pp <= 2 else self._axis("pp_ends", ends, timeout)
 
     @classmethod
     def alone(cls, device: torch.device | str | None = None) -> ParallelMesh:
@@ -129,6 +133,7 @@ class ParallelMesh:
         mesh.device = torch.device(device) if device is not None else _local_device()
         mesh.store, mesh._owns_world = None, False
         mesh.world, mesh.tp, mesh.dp, mesh.pp = (Axis.single(name) for name in ("world", "tp", "dp", "pp"))
+        mesh.pp_ends = mesh.pp
         return mesh
 
     def __repr__(self) -> str:
@@ -151,8 +156,8 @@ class ParallelMesh:
         self._owns_world = True
 
     def _axis(self, name: str, grid: list[list[int]], timeout: timedelta) -> Axis:
-        """The row of `grid` that holds this rank. Every rank makes every group, in one order, as new_group demands."""
-        mine = self.world
+        """The row of `grid` that holds this rank, else an axis of 1. Every rank makes every group, in one order, as new_group demands."""
+        mine = Axis.single(name)
         for ranks in grid:
             group: dist.ProcessGroup | None = None
             if len(ranks) == self.world.size:

@@ -57,7 +57,7 @@ class DecoderStage(nn.Module):
             self.norm = self._norm()
             self.head = ColumnParallelLinear(config.hidden_size, vocab_size, bias=False, init=init, **self.common)
         if config.tied_embeddings:
-            self._tie(mesh.pp)
+            self._tie(mesh.pp_ends)
         initialize(self, seed, mesh.device)
 
     def forward(self, x: Tensor | None, batch: TokenBatch) -> Tensor:
@@ -76,11 +76,10 @@ class DecoderStage(nn.Module):
         """Of the last stage: logits [t, v / tp] of what its forward returned."""
         return batch.unpad(self.head(x))
 
-    def _tie(self, pp: Axis) -> None:
+    def _tie(self, ends: Axis) -> None:
         if self.is_first and self.is_last:
             self.head.weight = self.embedding.weight
         elif self.is_first or self.is_last:
-            ends = pp.subset((0, pp.size - 1))
             layer = self.embedding if self.is_first else self.head
             spec = layer.weight.spec
             pieces = tuple(replace(piece, name="../embedding.weight") for piece in spec.pieces)

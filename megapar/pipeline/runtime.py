@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapar.collectives import check_same, gather_json, raise_together
@@ -73,9 +72,7 @@ class PipelineRunner:
             error = caught
         raise_together(error, mesh.pp)
         check_same(hashlib.sha256(str(self.schedule).encode()).hexdigest(), mesh.pp, "the schedule's sha256")
-        # Its own group: messages share no order with other collectives of the axis, and a rank that fails can close it (_fail).
-        group = dist.new_group(list(mesh.pp.ranks), timeout=mesh.pp.timeout, use_local_synchronization=True) if mesh.pp.size > 1 else None
-        self.wire = Wire(replace(mesh.pp, group=group), self.schedule.stage_to_rank, mesh.device)
+        self.wire = Wire(mesh.pp, self.schedule.stage_to_rank, mesh.device)
         self._evaluations: dict[int, Schedule] = {}
         self._recorder = Recorder(mesh.device)
 
@@ -156,10 +153,10 @@ class PipelineRunner:
             self._broken = error
             for stage in self.stages.values():
                 stage.forget()
-            if self.wire.axis.group is not None:
+            if self.mesh.pp.size > 1:
                 if not isinstance(error, CommunicationError):
                     tell_failure(self.mesh, error, str(step.action))
-                close_connections(self.wire.axis)
+                close_connections(self.mesh.pp)
             raise
 
 

@@ -119,7 +119,7 @@ class Incoming(NamedTuple):
 
 
 class Wire:
-    """One rank's end of all boundaries. `axis`: the pipeline's, with a process group of the wire's own."""
+    """One rank's end of all boundaries along the pipeline's axis."""
 
     def __init__(self, axis: Axis, stage_to_rank: Sequence[int], device: torch.device) -> None:
         self.axis, self.stage_to_rank, self.device = axis, stage_to_rank, device
