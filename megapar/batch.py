@@ -20,6 +20,7 @@ class TokenBatch:
     position_ids: int64 [t], the position that RoPE and learned embeddings read.
     segment_ids: int64 [t] or None; a token attends only within its own segment (packed documents).
     prefix_len: int64 [b] or None; the first prefix_len tokens of a sequence attend to each other in both directions.
+    targets: int64 [t] or None; what the loss asks for at each token.
     """
 
     b: int
@@ -28,12 +29,13 @@ class TokenBatch:
     position_ids: Tensor
     segment_ids: Tensor | None = None
     prefix_len: Tensor | None = None
+    targets: Tensor | None = None
     _memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokens.dtype != torch.int64:
             raise ValueError(f"tokens have dtype {self.tokens.dtype} and must be ids of dtype torch.int64: convert them with .long()")
-        for name in ("tokens", "position_ids", "segment_ids"):
+        for name in ("tokens", "position_ids", "segment_ids", "targets"):
             ids: Tensor | None = getattr(self, name)
             if ids is not None and ids.shape != (self.t,):
                 raise ValueError(f"{name} have shape {tuple(ids.shape)} and must be [b * s] = [{self.t}]: flatten them b-major")
@@ -41,12 +43,13 @@ class TokenBatch:
             raise ValueError(f"prefix_len has shape {tuple(self.prefix_len.shape)} and must be [{self.b}]: give one length a sequence")
 
     @staticmethod
-    def of(tokens: Tensor) -> TokenBatch:
-        """The batch of `tokens`, int64 [b, s], at positions 0 to s - 1, attending causally."""
+    def of(tokens: Tensor, targets: Tensor | None = None) -> TokenBatch:
+        """The batch of `tokens`, and of `targets`, int64 [b, s] each, at positions 0 to s - 1, attending causally."""
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be [b, s] with b and s of 1 or more: reshape or feed some")
         b, s = tokens.shape
-        return TokenBatch(b, s, tokens.reshape(-1), torch.arange(s, device=tokens.device).repeat(b))
+        positions = torch.arange(s, device=tokens.device).repeat(b)
+        return TokenBatch(b, s, tokens.reshape(-1), positions, targets=None if targets is None else targets.reshape(-1))
 
     @property
     def t(self) -> int:

@@ -28,13 +28,13 @@ HELP = """\
 megapar: Megatron-style model-parallel layers and training in PyTorch.
 
   megapar train [CONFIG.toml] [--nproc N|auto] [--section.key value ...]
-      Pretrains a decoder on text. Starts N ranks itself (auto: one for each tensor-parallel rank), or runs
-      as a rank under torchrun. Every key of the config can be overridden; megapar train --help lists them.
+      Pretrains a decoder on text. Starts N ranks itself (auto: tp x pp of them), or runs as a rank under
+      torchrun. Every key of the config can be overridden; megapar train --help lists them.
 
         megapar train configs/demo.toml --nproc auto
         megapar train configs/demo.toml --nproc auto --corpus my_text/ --out runs/mine --save-every 100
         megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume
-        torchrun --nproc-per-node 2 -m megapar train configs/demo.toml --tp 2
+        torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --tp 1 --pp 4 --chunks 1 --microbatches 8
 
   megapar verify [module:build] [--tp N] [--sequence-parallel]
       Builds your model once alone and once in parallel from one seed, runs a step, and compares outputs, loss
@@ -91,7 +91,7 @@ def _train(arguments: list[str]) -> int:
     path = Path(rest[0]) if rest and not rest[0].startswith("-") else None
     config = load_config(path, rest[1:] if path else rest)
     if not _under_torchrun():
-        ranks = ranks_wanted(known.nproc, config.parallel.tp, config.parallel.device)
+        ranks = ranks_wanted(known.nproc, config.parallel.tp * config.parallel.pp, config.parallel.device)
         check_layout(config, ranks)
         if ranks > 1:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -109,9 +109,14 @@ def spec_of(param: Tensor) -> ParamSpec | None:
     return getattr(param, "spec", None)
 
 
-def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
+Modules = nn.Module | Sequence[nn.Module]
+"""A model, or the stages of one, whose names are those of the whole."""
+
+
+def named_specs(model: Modules) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
     """(local name, parameter, spec with global names) of every parameter, shared ones once, under their first name."""
-    for name, param in model.named_parameters():
+    stages = [model] if isinstance(model, nn.Module) else model
+    for name, param in (named for stage in stages for named in stage.named_parameters()):
         prefix, _, leaf = name.rpartition(".")
         spec = spec_of(param) or ParamSpec((Piece.whole(leaf, tuple(param.shape)),), decay=param.dim() > 1)
         pieces = tuple(replace(piece, name=_resolve(prefix, piece.name)) for piece in spec.pieces)

@@ -58,6 +58,14 @@ class DecoderConfig:
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads}: change one of them or give head_size"
             )
 
+    def products(self, vocab_size: int, sequence_length: int) -> tuple[int, int]:
+        """Multiplications a token takes in forward: in a block, and in the output projection. Causal attention counts half its square."""
+        d, kv_heads = self.head_size or self.hidden_size // self.heads, self.kv_heads or self.heads
+        projections = self.hidden_size * d * (2 * self.heads + 2 * kv_heads)
+        scores = sequence_length * self.heads * d
+        mlp = self.hidden_size * self.ffn_size * (3 if self.activation == "swiglu" else 2)
+        return projections + scores + mlp, self.hidden_size * vocab_size
+
 
 def gpt_style(**sizes: int) -> DecoderConfig:
     """GPT-2's style: LayerNorm, learned positions, GELU, biases, tied embeddings, ffn_size 4 h unless given."""

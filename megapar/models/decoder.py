@@ -129,6 +129,11 @@ class Decoder(DecoderStage):
             batch = TokenBatch.of(batch)
         return self.logits(self.hidden(batch), batch)
 
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """int64 [b, s] to the logits of the token after them, [b, v / tp]."""
+        return self(tokens).view(*tokens.shape, -1)[:, -1]
+
     def hidden(self, batch: TokenBatch) -> Tensor:
         """What the output projection is given: [t, h], or [ceil(t / tp), h] with sequence parallelism."""
         return super().forward(None, batch)

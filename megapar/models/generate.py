@@ -1,18 +1,29 @@
-"""Text from a decoder: greedy, or top-p sampling (arXiv:1904.09751). Every rank of tp draws the same tokens."""
+"""Text from a decoder: greedy, or top-p sampling (arXiv:1904.09751). Every rank draws the same tokens."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megapar.collectives import all_gather_last
-from megapar.models.decoder import Decoder
+from megapar.mesh import Axis
 from megapar.params import seed_of, split
+
+
+class LanguageModel(Protocol):
+    """What can be asked for the next token's logits [b, v / tp] after tokens [b, s]: a Decoder, or one in a pipeline."""
+
+    vocab_size: int
+    tp: Axis
+
+    def next_logits(self, tokens: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder, prompt: Tensor, new_tokens: int, *, top_p: float = 1.0, temperature: float = 1.0, window: int = 256, seed: int = 0
+    model: LanguageModel, prompt: Tensor, new_tokens: int, *, top_p: float = 1.0, temperature: float = 1.0, window: int = 256, seed: int = 0
 ) -> Tensor:
     """prompt int64 [b, s] to [b, s + new_tokens]; `temperature=0` takes the likeliest token.
 
@@ -33,8 +44,7 @@ def generate(
     generator = torch.Generator(prompt.device).manual_seed(seed_of("generate", seed))  # any integer
     tokens = prompt
     for _ in range(new_tokens):
-        seen = tokens[:, -window:]
-        logits = model(seen).view(seen.shape[0], seen.shape[1], -1)[:, -1]
+        logits = model.next_logits(tokens[:, -window:])
         # Gathered logits are the same bits on every rank, so equal generators draw equal tokens.
         full = logits if model.tp.size == 1 else all_gather_last(logits, model.tp, parts)
         tokens = torch.cat([tokens, choose(full.float(), top_p, temperature, generator)], dim=1)

@@ -52,8 +52,14 @@ def gradient_totals(params: Iterable[Tensor], mesh: ParallelMesh | None) -> Tens
 
 
 def summed(total: Tensor, mesh: ParallelMesh | None) -> Tensor:
-    """`total` of all ranks of mesh.tp: one all-reduce of a few numbers, none where tp is 1."""
-    return total if mesh is None or mesh.tp.size == 1 else start_all_reduce(total, mesh.tp).wait()
+    """`total` of all ranks of a model, mesh.tp x mesh.pp: one all-reduce of a few numbers (two in a mesh that has all of tp, pp and dp)."""
+    if mesh is None:
+        return total
+    axes = (mesh.world,) if mesh.dp.size == 1 and mesh.pp.size > 1 else (mesh.tp, mesh.pp)
+    for axis in axes:
+        if axis.size > 1:
+            total = start_all_reduce(total, axis).wait()
+    return total
 
 
 @torch.no_grad()

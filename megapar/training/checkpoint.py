@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megapar.collectives import gather_json, raise_together
 from megapar.mesh import ParallelMesh
-from megapar.params import Piece, named_specs
+from megapar.params import Modules, Piece, named_specs
 
 FORMAT = "megapar-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -32,7 +32,7 @@ Values = Mapping[str, Mapping[nn.Parameter, Tensor]]
 """By kind (`weight`, `exp_avg`, ...), a tensor laid out like each parameter."""
 
 
-def save_checkpoint(folder: Path, model: nn.Module, values: Values, state: Mapping[str, Any], mesh: ParallelMesh) -> None:
+def save_checkpoint(folder: Path, model: Modules, values: Values, state: Mapping[str, Any], mesh: ParallelMesh) -> None:
     """Writes `values` and the JSON-able `state`; returns, on every rank, when the folder is complete under its name.
 
     Raises the same sentence on every rank, leaving nothing under the name, when a rank cannot write or the folder exists.
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, model: nn.Module, values: Values, state: Mappi
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, values: Values, mesh: ParallelMesh, accept: Callable[[dict[str, Any]], None] = lambda state: None
+    folder: Path, model: Modules, values: Values, mesh: ParallelMesh, accept: Callable[[dict[str, Any]], None] = lambda state: None
 ) -> dict[str, Any]:
     """Fills `values` in place from the folder, whatever layout wrote it, and returns its state.
 
@@ -108,7 +108,7 @@ def _attempt(work: Any) -> Exception | None:
     return None
 
 
-def _pieces(model: nn.Module, values: Values) -> Iterator[tuple[str, Piece, Tensor, bool]]:
+def _pieces(model: Modules, values: Values) -> Iterator[tuple[str, Piece, Tensor, bool]]:
     """(kind, piece, this rank's part, owned) of everything that is saved."""
     for _, param, spec in named_specs(model):
         for kind, tensors in values.items():
@@ -117,7 +117,7 @@ def _pieces(model: nn.Module, values: Values) -> Iterator[tuple[str, Piece, Tens
                     yield kind, piece, view, spec.owner
 
 
-def _write_rank(folder: Path, model: nn.Module, values: Values, rank: int) -> dict[str, Any]:
+def _write_rank(folder: Path, model: Modules, values: Values, rank: int) -> dict[str, Any]:
     file = f"rank-{rank:05d}.safetensors"
     tensors, entries = {}, []
     for kind, piece, view, owned in _pieces(model, values):
@@ -142,7 +142,7 @@ def _commit(partial: Path, folder: Path, ranks: list[dict[str, Any]], state: Map
     _sync(folder.parent)
 
 
-def _read(folder: Path, model: nn.Module, values: Values, accept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _read(folder: Path, model: Modules, values: Values, accept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     accept(manifest["state"])
     boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -18,6 +18,7 @@ import tyro
 from megapar.models.config import DecoderConfig
 
 T = TypeVar("T")
+Schedules = Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class ParallelConfig:
 
     tp: Annotated[int, tyro.conf.arg(aliases=["--tp"])] = 1
     """Ranks that share each layer."""
+    pp: Annotated[int, tyro.conf.arg(aliases=["--pp"])] = 1
+    """Ranks that the layers are dealt to, as the stages of a pipeline."""
+    chunks: Annotated[int, tyro.conf.arg(aliases=["--chunks"])] = 1
+    """Stages on each of those ranks, interleaved."""
+    schedule: Annotated[Schedules, tyro.conf.arg(aliases=["--schedule"])] = "auto"
+    """Order of forwards and backwards. auto: 1f1b, or interleaved_1f1b with several chunks."""
+    split: str = "balanced"
+    """Layers of each stage: balanced (by their products), even, or numbers such as 5,6,6,5."""
     sequence_parallel: bool = False
     """Shard the tokens between the parallel layers too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,8 +89,10 @@ class RunConfig:
     """Optimizer steps."""
     batch_size: int = 16
     """Samples in a step."""
-    micro_batch_size: int = 16
-    """Samples in a forward pass; gradients of a step are accumulated over them."""
+    micro_batch_size: int | None = None
+    """Samples in a forward pass; gradients of a step are accumulated over them. none: batch_size / microbatches."""
+    microbatches: Annotated[int | None, tyro.conf.arg(aliases=["--microbatches"])] = None
+    """Micro-batches in a step. none: batch_size / micro_batch_size, or 1 without that either."""
     seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
     """Fixes initial weights, data order and the sample."""
     eval_every: int = 0
@@ -170,15 +181,30 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
+def micro_batch_size(run: RunConfig) -> int:
+    """Samples in a micro-batch. Raises ValueError where the step cannot be cut as the config says."""
+    size, count = run.micro_batch_size, run.microbatches
+    if size is not None and count is not None and size * count != run.batch_size:
+        both = f"run.micro_batch_size={size} x run.microbatches={count}"
+        raise ValueError(f"{both} must be run.batch_size={run.batch_size}: leave one of the two out, or change them")
+    for name, divisor in (("micro_batch_size", size), ("microbatches", count)):
+        if divisor is not None and run.batch_size % divisor:
+            raise ValueError(f"run.batch_size={run.batch_size} must be a multiple of run.{name}={divisor}: change one")
+    return size if size is not None else run.batch_size // (count or 1)
+
+
 def check(config: Config) -> None:
     """Raises ValueError for sizes that make no run. What depends on the corpus or the world is checked when they are known."""
     run, optimizer = config.run, config.optimizer
     positive = {
         "run.steps": run.steps,
         "run.batch_size": run.batch_size,
-        "run.micro_batch_size": run.micro_batch_size,
+        "run.micro_batch_size": 1 if run.micro_batch_size is None else run.micro_batch_size,
+        "run.microbatches": 1 if run.microbatches is None else run.microbatches,
         "data.sequence_length": config.data.sequence_length,
         "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.chunks": config.parallel.chunks,
         "parallel.timeout": config.parallel.timeout,
         "optimizer.lr": optimizer.lr,
         "optimizer.max_norm": 1.0 if optimizer.max_norm is None else optimizer.max_norm,
@@ -189,8 +215,7 @@ def check(config: Config) -> None:
     for name in ("eval_every", "save_every", "sample_tokens"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
-    if run.batch_size % run.micro_batch_size:
-        raise ValueError(f"run.batch_size={run.batch_size} must be a multiple of run.micro_batch_size={run.micro_batch_size}: change one")
+    micro_batch_size(run)
     if not 0.0 <= optimizer.warmup < 1.0:
         raise ValueError(f"optimizer.warmup={optimizer.warmup} must lie in [0, 1), it is a share of the steps: 0.005 is the default")
     if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):

@@ -19,16 +19,16 @@ REFUSED = 2
 INTERRUPTED = 130
 
 
-def ranks_wanted(asked: str, tp: int, device: str) -> int:
-    """How many ranks `--nproc` means: `auto` is one for each tensor-parallel rank. Raises ValueError where they cannot run."""
+def ranks_wanted(asked: str, needed: int, device: str) -> int:
+    """How many ranks `--nproc` means: `auto` is as many as the layout needs, tp x pp. Raises ValueError where they cannot run."""
     if asked != "auto" and not (asked.isdecimal() and int(asked) > 0):
         raise ValueError(f"--nproc {asked} must be a number of ranks, 1 or more, or auto: correct it")
-    count = tp if asked == "auto" else int(asked)
+    count = needed if asked == "auto" else int(asked)
     gpus = torch.cuda.device_count()
     if device == "cuda" and not gpus:
         raise ValueError("parallel.device is cuda and torch sees no GPU: use --parallel.device cpu, or see megapar doctor")
     if device != "cpu" and 0 < gpus < count:
-        raise ValueError(f"{count} ranks need a GPU each and torch sees {gpus}: lower --tp and --nproc, or use --parallel.device cpu")
+        raise ValueError(f"{count} ranks need a GPU each and torch sees {gpus}: lower --tp, --pp and --nproc, or use --parallel.device cpu")
     return count
 
 

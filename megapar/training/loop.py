@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
+from megapar.batch import TokenBatch
 from megapar.collectives import check_same, raise_together
 from megapar.failures import named_failures
 from megapar.layers.attention import split_heads
 from megapar.mesh import ParallelMesh, data_parallel_size
-from megapar.models.decoder import Decoder
-from megapar.objectives.causal_lm import causal_lm_loss
+from megapar.models.pipelined import PipelinedDecoder, decoder_cuts
 from megapar.params import split
+from megapar.pipeline.kinds import make_schedule
+from megapar.pipeline.schedule import Schedule
+from megapar.pipeline.simulate import Timeline
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from megapar.training.config import Config, to_dict
+from megapar.training.config import Config, micro_batch_size, to_dict
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import MetricsFile, RunProgress
 from megapar.training.step import TrainStep
@@ -34,14 +37,15 @@ FREE_TO_CHANGE = {"run": {"resume", "out", "eval_every", "save_every", "sample_t
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a run ended."""
+    """Where a run ended. `timeline`: of its last step, on rank 0; None without a pipeline."""
 
-    model: Decoder
+    model: PipelinedDecoder
     text: Text
     step: int
     interrupted: bool
     held_out_loss: float | None
     out: Path
+    timeline: Timeline | None
 
 
 def train(config: Config, mesh: ParallelMesh) -> Trained:
@@ -57,7 +61,16 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         text = load_text_together(config.data, config.run.seed, mesh)
         text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
         vocab_size = text.tokenizer.vocab_size
-        model = Decoder(config.model, vocab_size, mesh, sequence_parallel=config.parallel.sequence_parallel, seed=config.run.seed)
+        model = PipelinedDecoder(
+            config.model,
+            vocab_size,
+            mesh,
+            schedule=schedule_of(config),
+            split=config.parallel.split,
+            sequence_length=config.data.sequence_length,
+            sequence_parallel=config.parallel.sequence_parallel,
+            seed=config.run.seed,
+        )
         step = TrainStep(model, config.optimizer, mesh)
         run = _Run(config, mesh, text, model, step)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
@@ -68,35 +81,45 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
 
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError unless the model can be cut over the config's ranks and they are `world_size`. Needs no process group."""
-    model, tp = config.model, config.parallel.tp
-    if data_parallel_size(world_size, tp=tp) > 1:
-        raise ValueError(f"the world has {world_size} ranks and parallel.tp={tp} uses {tp} of them: start {tp}, or raise --tp")
+    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
+    if data_parallel_size(world_size, tp=tp, pp=pp) > 1:
+        layout = f"parallel.tp={tp} x parallel.pp={pp}"
+        raise ValueError(f"the world has {world_size} ranks and {layout} uses {tp * pp} of them: start {tp * pp}, or raise --tp or --pp")
     split_heads(model.heads, model.kv_heads or model.heads, tp)
     split(model.ffn_size, tp, what="model.ffn_size")
+    decoder_cuts(model, config.data.vocab_size, schedule_of(config), config.parallel.split, config.data.sequence_length)
 
 
 def make_mesh(config: Config) -> ParallelMesh:
     """The mesh that the config asks for: on GPUs, or on the CPU where there are none or it says so."""
     device = "cpu" if config.parallel.device == "cpu" else None
-    return ParallelMesh(tp=config.parallel.tp, device=device, timeout=timedelta(seconds=config.parallel.timeout))
+    return ParallelMesh(tp=config.parallel.tp, pp=config.parallel.pp, device=device, timeout=timedelta(seconds=config.parallel.timeout))
 
 
-def evaluate(model: Decoder, text: Text, batch: int) -> float:
-    """Mean loss over every held-out target, nats a token."""
+def schedule_of(config: Config) -> Schedule:
+    """The pipeline schedule of a step. Raises ValueError where the config's parts do not go together."""
+    parallel, run = config.parallel, config.run
+    kind = None if parallel.schedule == "auto" else parallel.schedule
+    return make_schedule(kind, parallel.pp, parallel.chunks, run.batch_size // micro_batch_size(run))
+
+
+def evaluate(step: TrainStep, text: Text, batch: int) -> float:
+    """Mean loss over every held-out target, nats a token; `batch` samples in a micro-batch."""
     inputs, targets = text.held_out_samples()
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for i in range(0, len(inputs), batch):
-            loss, counted = causal_lm_loss(model, inputs[i : i + batch].to(device), targets[i : i + batch].to(device))
-            total, count = total + float(loss), count + counted
+    device, total, count = step.mesh.device, 0.0, 0
+    together = step.model.runner.schedule.microbatches
+    for first in range(0, len(inputs), batch * together):
+        starts = range(first, min(first + batch * together, len(inputs)), batch)
+        batches = [TokenBatch.of(inputs[i : i + batch].to(device), targets[i : i + batch].to(device)) for i in starts]
+        loss, counted = step.evaluate(batches)
+        total, count = total + loss, count + counted
     return total / count
 
 
 class _Run:
     """The state of `train`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, text: Text, model: Decoder, step: TrainStep) -> None:
+    def __init__(self, config: Config, mesh: ParallelMesh, text: Text, model: PipelinedDecoder, step: TrainStep) -> None:
         self.config, self.mesh, self.text, self.model, self.train_step = config, mesh, text, model, step
         self.out = Path(config.run.out)
         self.first = self._resume() if config.run.resume else 0
@@ -115,7 +138,7 @@ class _Run:
             return ValueError(f"run.out={self.out} cannot hold the metrics of this run ({error}): give another --out")
         self.progress = RunProgress(self.config.run.steps, self.first)
         self.progress.say(self.text.description)
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(p.numel() for p in self.model.grads.params)
         self.progress.say(f"{self.mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
         if self.first:
             self.progress.say(f"resumed at step {self.first}")
@@ -140,14 +163,15 @@ class _Run:
             if self.metrics is not None and self.progress is not None:
                 self.metrics.close()
                 self.progress.close()
-        return Trained(self.model, self.text, done, stopped, loss, self.out)
+        timeline = self.model.runner.timeline() if self.mesh.pp.size > 1 else None
+        return Trained(self.model, self.text, done, stopped, loss, self.out, timeline)
 
     def _step(self, done: int, interrupted: list[bool]) -> bool:
         """Trains step `done` (1 to steps); whether any rank was interrupted."""
-        run, start = self.config.run, time.perf_counter()
-        first = (done - 1) * run.batch_size
-        for i in range(first, first + run.batch_size, run.micro_batch_size):
-            self.train_step.accumulate(*self.text.samples(i, run.micro_batch_size))
+        run, start, device = self.config.run, time.perf_counter(), self.mesh.device
+        first, size = (done - 1) * run.batch_size, micro_batch_size(run)
+        samples = [self.text.samples(i, size) for i in range(first, first + run.batch_size, size)]
+        self.train_step.accumulate([TokenBatch.of(inputs.to(device), targets.to(device)) for inputs, targets in samples])
         rate = self.config.optimizer
         lr = learning_rate(done - 1, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
         result = self.train_step.update(lr, bool(interrupted))
@@ -164,7 +188,7 @@ class _Run:
         return done > 0 and every > 0 and done % every == 0
 
     def _evaluate(self, done: int) -> float:
-        loss = evaluate(self.model, self.text, self.config.run.micro_batch_size)
+        loss = evaluate(self.train_step, self.text, micro_batch_size(self.config.run))
         if self.metrics is not None and self.progress is not None:
             self.metrics.log({"step": done, "held_out_loss": loss})
             self.progress.say(f"step {done}  held-out loss {loss:.4f} nats a token")
@@ -172,7 +196,7 @@ class _Run:
 
     def save(self, done: int) -> None:
         state = {"step": done, "config": to_dict(self.config), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
-        save_checkpoint(self.out / "checkpoints" / f"step-{done:08d}", self.model, self.train_step.tensors(), state, self.mesh)
+        save_checkpoint(self.out / "checkpoints" / f"step-{done:08d}", self.model.stages, self.train_step.tensors(), state, self.mesh)
 
     def _resume(self) -> int:
         """Loads the newest checkpoint; the number of steps it has seen."""
@@ -180,7 +204,7 @@ class _Run:
         check_same(None if folder is None else folder.name, self.mesh.world, "the newest checkpoint")
         if folder is None:
             raise ValueError(f"{self.out / 'checkpoints'} holds no checkpoint to resume from: leave --resume out, or check run.out")
-        state = load_checkpoint(folder, self.model, self.train_step.tensors(), self.mesh, lambda state: self._accept(state, folder))
+        state = load_checkpoint(folder, self.model.stages, self.train_step.tensors(), self.mesh, lambda state: self._accept(state, folder))
         self.train_step.set_applied_steps(state["step"])
         return int(state["step"])
 

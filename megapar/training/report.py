@@ -1,4 +1,5 @@
-"""What a finished run leaves behind: the model, a loss curve, a sample of text, and a summary against n-gram baselines."""
+"""What a finished run leaves behind: the model, a loss curve, a sample of text, a summary against n-gram baselines, and the pipeline's
+timeline."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from megapar.data.baselines import bigram_loss, unigram_loss
 from megapar.mesh import ParallelMesh
 from megapar.models.generate import generate
+from megapar.pipeline.simulate import measured_costs, simulate
+from megapar.pipeline.timeline import draw, write_trace
 from megapar.training.checkpoint import save_checkpoint
 from megapar.training.config import Config, to_dict
 from megapar.training.loop import Trained
@@ -50,6 +53,7 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
         "",
         f"model {model}",
         f"loss curve {out / 'loss.png'}, metrics {out / 'metrics.jsonl'}, sample {out / 'sample.txt'}, config {out / 'config.json'}",
+        *_timeline_lines(trained),
     ]
     return "\n".join(lines)
 
@@ -61,11 +65,25 @@ def _save_model(trained: Trained, config: Config, mesh: ParallelMesh) -> Path:
     while folder.exists():
         number += 1
         folder = base.with_name(f"model-{number}")
-    weights = {"weight": {p: p for p in trained.model.parameters()}}
-    save_checkpoint(folder, trained.model, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
+    weights = {"weight": {p: p for p in trained.model.grads.params}}
+    save_checkpoint(folder, trained.model.stages, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
     if mesh.world.rank == 0:
         trained.text.tokenizer.save(folder / "tokenizer.json")
     return folder
+
+
+def _timeline_lines(trained: Trained) -> list[str]:
+    """Draws and writes what the pipeline's ranks did in the last step, and says where; nothing without a pipeline or a step."""
+    timeline, schedule, out = trained.timeline, trained.model.runner.schedule, trained.out
+    if timeline is None or not any(timeline.ranks):
+        return []
+    simulated = simulate(schedule, measured_costs(timeline, schedule.stages))
+    draw({"measured, seconds": timeline, "simulated with the measured costs": simulated}, out / "timeline.png")
+    write_trace(timeline, out / "timeline.json")
+    return [
+        f"pipeline {out / 'timeline.png'}, {out / 'timeline.json'} (Perfetto): last step {1e3 * timeline.makespan:.0f} ms, "
+        f"simulated {1e3 * simulated.makespan:.0f} ms; bubble {timeline.bubble:.0%}, simulated {simulated.bubble:.0%}"
+    ]
 
 
 def plot_loss(metrics: Path, picture: Path, baselines: Baselines) -> None:
