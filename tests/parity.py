@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from megapar.params import named_specs
+from megapar.params import Modules, named_specs
 
 Values = dict[tuple[str, tuple[int, ...]], Tensor]
 """By global name and start of the box."""
 
 
-def logical(model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]) -> Values:
+def logical(model: Modules, value: Callable[[nn.Parameter], Tensor | None]) -> Values:
     """This rank's boxes, by global name: clones of `value(param)` cut as the parameter is."""
     found: Values = {}
     for _, param, spec in named_specs(model):
@@ -25,7 +25,7 @@ def logical(model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]) ->
     return found
 
 
-def boxes(model: nn.Module, whole: Values) -> Values:
+def boxes(model: Modules, whole: Values) -> Values:
     """The boxes of `model` cut from whole logical tensors, those of the model alone."""
     full = {name: value for (name, _), value in whole.items()}
     return {(p.name, p.start): full[p.name][p.index] for _, _, spec in named_specs(model) for p in spec.pieces}

@@ -11,6 +11,7 @@ import pytest
 
 from megapar import cli
 from megapar.cli import main
+from megapar.failures import RemoteError
 from megapar.training.launch import ranks_wanted
 from megapar.training.metrics import read_metrics
 
@@ -88,7 +89,7 @@ def test_doctor(capsys):
         ("train c.toml --steps 0", "run.steps=0"),
         ("train c.toml --tp 2", "start 2 (torchrun --nproc-per-node 2, or megapar train --nproc 2)"),
         ("train c.toml --tp 2 --nproc 3", "must divide the world, which has 3 ranks"),
-        ("train c.toml --tp 2 --nproc 4", "the world has 4 ranks and parallel.tp=2 uses 2 of them"),
+        ("train c.toml --tp 2 --nproc 4", "the world has 4 ranks and parallel.tp=2 x parallel.pp=1 uses 2 of them"),
         ("train c.toml --nproc 0", "--nproc 0 must be a number of ranks"),
         ("train c.toml --nproc=-2", "--nproc -2 must be"),
         ("train c.toml --nproc two", "--nproc two must be"),
@@ -130,7 +131,7 @@ def test_unknown_options_end_with_status_2(folder, capsys, arguments, nearest):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (RuntimeError("rank 3 stopped answering: x"), 1), (OSError("disk"), 2)]
+    ("error", "status"), [(KeyboardInterrupt(), 130), (RemoteError("rank 3 stopped answering: x"), 1), (OSError("disk"), 2)]
 )
 def test_how_a_run_ends_is_its_status(folder, capsys, monkeypatch, error, status):
     def train(*_: object) -> None:

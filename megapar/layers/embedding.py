@@ -61,12 +61,17 @@ class VocabParallelEmbedding(nn.Module):
             check_same_ids(ids, self.tp)
             self._checked = True
         check_ids(ids, self.num_embeddings, "token ids")
-        if self.tp.size == 1 and getattr(self.weight, "main_grad", None) is None:
-            return F.embedding(ids, self.weight)
-        return run_eagerly(_VocabEmbedding, ids, self.weight, self.start, self.tp, self.sequence_parallel and self.tp.size > 1)
+        return embed(ids, self.weight, self.tp, self.start, self.sequence_parallel)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
+
+
+def embed(ids: Tensor, weight: Tensor, axis: Axis, start: int = 0, sequence_parallel: bool = False) -> Tensor:
+    """Rows of a table, of which this rank of the axis has those from `start` on. The gradient goes where `grads.accumulate` says."""
+    if axis.size == 1 and getattr(weight, "main_grad", None) is None:
+        return F.embedding(ids, weight)
+    return run_eagerly(_VocabEmbedding, ids, weight, start, axis, sequence_parallel and axis.size > 1)
 
 
 class _VocabEmbedding(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Checkpoints: whole and bitwise under any layout, or refused by the name of the bad file."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from megapar import ParallelMesh
 from megapar.models.config import DecoderConfig, gpt_style
-from megapar.models.decoder import Decoder
+from megapar.models.decoder import DecoderStage
+from megapar.models.pipelined import PipelinedDecoder
 from megapar.params import Piece, named_specs, seed_of
+from megapar.pipeline.kinds import make_schedule
 from megapar.training import checkpoint
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from megapar.training.config import OptimizerConfig
@@ -34,37 +37,42 @@ def expected(kind: str, piece: Piece) -> torch.Tensor:
     return torch.randn(piece.shape, generator=torch.Generator().manual_seed(seed_of(kind, piece.name)))[piece.index]
 
 
-def training_at(config: DecoderConfig, tp: int, sequence_parallel: bool = False) -> tuple[ParallelMesh, Decoder, TrainStep]:
-    mesh = ParallelMesh(tp=tp)
-    model = Decoder(config, VOCAB, mesh, sequence_parallel=sequence_parallel)
-    return mesh, model, TrainStep(model, OptimizerConfig(), mesh)
+def training_at(
+    config: DecoderConfig, tp: int, sequence_parallel: bool = False, pp: int = 1
+) -> tuple[ParallelMesh, list[DecoderStage], TrainStep]:
+    """The mesh, this rank's stages, and their training; in a pipeline there are two stages on each rank."""
+    mesh = ParallelMesh(tp=tp, pp=pp)
+    schedule = make_schedule(None, pp, 2 if pp > 1 else 1, 1)
+    model = PipelinedDecoder(config, VOCAB, mesh, schedule=schedule, sequence_parallel=sequence_parallel)
+    return mesh, model.stages, TrainStep(model, OptimizerConfig(), mesh)
 
 
-def views(model: Decoder, step: TrainStep):
+def views(model: list[DecoderStage], step: TrainStep):
     for kind, tensors in step.tensors().items():
         for _, param, spec in named_specs(model):
             for piece, view in spec.views(tensors[param].detach()):
                 yield kind, piece, view
 
 
-def save_expected(folder: Path, config: DecoderConfig, tp: int, sequence_parallel: bool = False) -> None:
-    mesh, model, step = training_at(config, tp, sequence_parallel)
+def save_expected(folder: Path, config: DecoderConfig, tp: int, sequence_parallel: bool = False, pp: int = 1) -> None:
+    mesh, model, step = training_at(config, tp, sequence_parallel, pp)
     for kind, piece, view in views(model, step):
         view.copy_(expected(kind, piece))
     save_checkpoint(folder, model, step.tensors(), {"step": 7, "tp": tp}, mesh)
 
 
-def save_all(root: Path, tp: int) -> None:
+def save_all(root: Path, tp: int, pp: int, layers: int) -> None:
     for (name, config), sequence_parallel in itertools.product(MODELS.items(), (False, True)):
-        save_expected(root / f"{name} {tp} {sequence_parallel}", config, tp, sequence_parallel)
+        config = dataclasses.replace(config, layers=layers)
+        save_expected(root / f"{name} {tp} {pp} {sequence_parallel}", config, tp, sequence_parallel, pp)
 
 
-def load_all(root: Path, tp: int) -> int:
-    """Loads every checkpoint in `root` at tp and compares all of it; how many elements that were."""
+def load_all(root: Path, tp: int, pp: int, layers: int) -> int:
+    """Loads every checkpoint in `root` in this layout and compares all of it; how many elements that were."""
     compared = 0
     for (name, config), sequence_parallel in itertools.product(MODELS.items(), (False, True)):
         for folder in sorted(root.glob(f"{name} *")):
-            mesh, model, step = training_at(config, tp, sequence_parallel)
+            mesh, model, step = training_at(dataclasses.replace(config, layers=layers), tp, sequence_parallel, pp)
             state = load_checkpoint(folder, model, step.tensors(), mesh)
             assert state["step"] == 7
             for kind, piece, view in views(model, step):
@@ -75,10 +83,18 @@ def load_all(root: Path, tp: int) -> int:
 
 def test_every_layout_loads_what_every_layout_saved_bitwise(ranks, tmp_path):
     for tp in (1, 2, 3):
-        ranks.run(tp, save_all, tmp_path, tp)
+        ranks.run(tp, save_all, tmp_path, tp, 1, 1)
     assert len(list(tmp_path.iterdir())) == 3 * 2 * len(MODELS)
     for tp in (1, 2, 3):
-        assert min(ranks.run(tp, load_all, tmp_path, tp)) > 0
+        assert min(ranks.run(tp, load_all, tmp_path, tp, 1, 1)) > 0
+
+
+def test_a_pipeline_and_none_load_what_the_other_saved_bitwise(ranks, tmp_path):
+    layouts = ((2, 1), (1, 2), (2, 2))
+    for tp, pp in layouts:
+        ranks.run(tp * pp, save_all, tmp_path, tp, pp, 5)
+    for tp, pp in layouts:
+        assert min(ranks.run(tp * pp, load_all, tmp_path, tp, pp, 5)) > 0
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megapar import ParallelMesh
-from megapar.models.decoder import Decoder
+from megapar.models.pipelined import PipelinedDecoder
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint
 from megapar.training.config import OptimizerConfig, load_config
 from megapar.training.metrics import read_metrics
@@ -126,8 +126,8 @@ def test_ctrl_c_stops_all_ranks_and_keeps_what_was_done(jobs):
     folder = newest_checkpoint(job.out / "checkpoints")
     assert folder is not None
     mesh = ParallelMesh.alone()
-    model = Decoder(load_config(job.folder / "c.toml").model, 257, mesh)
-    state = load_checkpoint(folder, model, TrainStep(model, OptimizerConfig(), mesh).tensors(), mesh)
+    model = PipelinedDecoder(load_config(job.folder / "c.toml").model, 257, mesh)
+    state = load_checkpoint(folder, model.stages, TrainStep(model, OptimizerConfig(), mesh).tensors(), mesh)
     assert state["step"] == len(records)
 
 

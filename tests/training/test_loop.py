@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from megapar import ParallelMesh
 from megapar.models.config import DecoderConfig
 from megapar.models.decoder import Decoder
+from megapar.models.pipelined import PipelinedDecoder
+from megapar.pipeline.kinds import make_schedule
 from megapar.training import loop
 from megapar.training.checkpoint import newest_checkpoint
 from megapar.training.config import Config, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megapar.training.loop import evaluate, train
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import read_metrics
+from megapar.training.step import TrainStep
 from megapar.training.text import load_text
 
 TIMINGS = ("seconds", "tokens_per_second")
@@ -213,7 +216,10 @@ def test_configs_that_differ_between_ranks_are_refused_on_all(ranks, whole_runs,
 def test_evaluation_covers_each_held_out_target_once(whole_runs):
     config = whole_runs[1]
     text = load_text(config.data, 0)
-    model = Decoder(config.model, text.tokenizer.vocab_size, ParallelMesh.alone(), seed=1)
+    mesh = ParallelMesh.alone()
+    model = Decoder(config.model, text.tokenizer.vocab_size, mesh, seed=1)
+    pipelined = PipelinedDecoder(config.model, text.tokenizer.vocab_size, mesh, seed=1, schedule=make_schedule(None, 1, 1, 2))
+    step = TrainStep(pipelined, config.optimizer, mesh)
     losses = []
     s = config.data.sequence_length
     tokens = torch.from_numpy(text.held_out).long()
@@ -223,7 +229,7 @@ def test_evaluation_covers_each_held_out_target_once(whole_runs):
     assert len(losses) == len(text.held_out) - 1
     assert len(losses) % s, "else no window is padded"
     for batch in (1, 3, 100):
-        assert evaluate(model, text, batch) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+        assert evaluate(step, text, batch) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def test_a_training_step_sees_the_samples_of_its_number(whole_runs):

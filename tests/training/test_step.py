@@ -1,5 +1,6 @@
 """One optimizer step against plain PyTorch: the division, the norm, the clipping, the decay groups, AdamW."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from megapar import ParallelMesh
+from megapar.batch import TokenBatch
 from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder
+from megapar.models.pipelined import PipelinedDecoder
 from megapar.objectives.causal_lm import IGNORED
 from megapar.params import named_specs
+from megapar.pipeline.kinds import make_schedule
+from megapar.pipeline.schedule import Schedule
 from megapar.training.config import OptimizerConfig
 from megapar.training.step import TrainStep
 from tests.parity import boxes, logical
@@ -34,13 +39,19 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def train(config: DecoderConfig, options: OptimizerConfig, tp: int, sequence_parallel: bool) -> tuple[list[Any], Decoder]:
-    mesh = ParallelMesh(tp=tp)
-    model = Decoder(config, VOCAB, mesh, sequence_parallel=sequence_parallel, seed=1)
+def batches(step: int) -> list[TokenBatch]:
+    return [TokenBatch.of(inputs, targets) for inputs, targets in micro_batches(step)]
+
+
+def train(
+    config: DecoderConfig, options: OptimizerConfig, mesh: ParallelMesh, sequence_parallel: bool, schedule: Schedule | None = None
+) -> tuple[list[Any], PipelinedDecoder]:
+    """Each step's micro-batches in one go if there is a schedule, else one by one."""
+    model = PipelinedDecoder(config, VOCAB, mesh, schedule=schedule, sequence_parallel=sequence_parallel, seed=1)
     step, told = TrainStep(model, options, mesh), []
     for i in range(3):
-        for inputs, targets in micro_batches(i):
-            step.accumulate(inputs, targets)
+        for together in [batches(i)] if schedule is not None else [[batch] for batch in batches(i)]:
+            step.accumulate(together)
         result = step.update(0.01 * (i + 1), stop=False)
         told.append([result.loss, result.grad_norm, result.tokens])
     return told, model
@@ -66,14 +77,16 @@ def train_plainly(config: DecoderConfig, options: OptimizerConfig) -> tuple[list
     return told, model
 
 
-def compare(config: DecoderConfig, tp: int, sequence_parallel: bool, max_norm: float | None) -> list[Any]:
+def compare(
+    config: DecoderConfig, tp: int, sequence_parallel: bool, max_norm: float | None, pp: int = 1, schedule: Schedule | None = None
+) -> list[Any]:
     options = OptimizerConfig(eps=1e-3, max_norm=max_norm, weight_decay=0.3)
     expected_told, expected_model = train_plainly(config, options)
-    told, model = train(config, options, tp, sequence_parallel)
+    told, model = train(config, options, ParallelMesh(tp=tp, pp=pp), sequence_parallel, schedule)
     for found, expected in zip(told, expected_told, strict=True):
         assert found == pytest.approx(expected, rel=2e-5)
-    mine = logical(model, lambda p: p)
-    for key, weight in boxes(model, logical(expected_model, lambda p: p)).items():
+    mine = logical(model.stages, lambda p: p)
+    for key, weight in boxes(model.stages, logical(expected_model, lambda p: p)).items():
         worst = float((mine[key].double() - weight).abs().max())
         assert worst <= 2e-5, f"{key[0]}: {worst:.1e}"
     return told
@@ -94,18 +107,30 @@ def test_three_parallel_steps_are_those_of_plain_torch(ranks, tp, sequence_paral
         assert all(told == results[0] for told in results)
 
 
+@pytest.mark.parametrize(
+    ("tp", "pp", "chunks", "kind"), [(1, 2, 1, "1f1b"), (1, 4, 1, "gpipe"), (2, 2, 2, "interleaved_1f1b"), (1, 3, 2, "zero_bubble")]
+)
+def test_three_pipelined_steps_are_those_of_plain_torch(ranks, tp, pp, chunks, kind):
+    """The tied weight of GPT's two ends counts once in the norm, and both copies take the same step."""
+    for config in (LLAMA, GPT):
+        config = dataclasses.replace(config, layers=pp * chunks)
+        schedule = make_schedule(kind, pp, chunks, 3)
+        results = ranks.run(tp * pp, compare, config, tp, tp > 1, 0.5, pp, schedule)
+        assert all(told == results[0] for told in results)
+
+
 def test_only_matrices_decay():
     mesh = ParallelMesh.alone()
-    model = Decoder(GPT, VOCAB, mesh)
+    model = PipelinedDecoder(GPT, VOCAB, mesh)
     # With a huge eps the gradient moves nothing, and what changes is the decay.
     step = TrainStep(model, OptimizerConfig(eps=1e30, weight_decay=0.5), mesh)
     with torch.no_grad():
-        for param in model.parameters():
+        for param in model.grads.params:
             param.add_(1.0)
-    before = {name: param.detach().clone() for name, param, _ in named_specs(model)}
-    step.accumulate(*micro_batches(0)[0])
+    before = {name: param.detach().clone() for name, param, _ in named_specs(model.stages)}
+    step.accumulate(batches(0)[:1])
     step.update(0.1, stop=False)
-    for name, param, _ in named_specs(model):
+    for name, param, _ in named_specs(model.stages):
         kept = 1.0 if name.endswith("bias") or "norm" in name else 1.0 - 0.1 * 0.5
         assert torch.allclose(param, kept * before[name], rtol=1e-6), name
 
@@ -113,27 +138,26 @@ def test_only_matrices_decay():
 def test_the_same_gradients_give_torchs_weights():
     """Each update is within a few ulp of its terms, of which the weight and a few lr are the largest."""
     mesh, lr = ParallelMesh.alone(), 1e-3
-    ours, theirs = (Decoder(LLAMA, VOCAB, mesh, seed=1) for _ in range(2))
+    ours, theirs = PipelinedDecoder(LLAMA, VOCAB, mesh, seed=1), Decoder(LLAMA, VOCAB, mesh, seed=1)
     step = TrainStep(ours, OptimizerConfig(max_norm=None, weight_decay=0.0), mesh)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for i in range(3):
-        for inputs, targets in micro_batches(i):
-            step.accumulate(inputs, targets)
+        for batch in batches(i):
+            step.accumulate([batch])
         for mine, other in zip(step.grads.params, theirs.parameters(), strict=True):
             other.grad = mine.main_grad * (1.0 / 28)
         step.update(lr, stop=False)
         optimizer.step()
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for a, b in zip(step.grads.params, theirs.parameters(), strict=True):
             assert ((a - b).abs() <= (i + 1) * 4 * 2.0**-23 * (b.abs() + 10 * lr)).all()
 
 
 def test_gradients_do_not_leak_into_the_next_step():
     mesh = ParallelMesh.alone()
-    model = Decoder(LLAMA, VOCAB, mesh, seed=1)
-    step = TrainStep(model, SMOOTH, mesh)
+    step = TrainStep(PipelinedDecoder(LLAMA, VOCAB, mesh, seed=1), SMOOTH, mesh)
     results = []
     for _ in range(2):
-        step.accumulate(*micro_batches(0)[1])
+        step.accumulate(batches(0)[1:2])
         results.append(step.update(1e-30, stop=False))  # too small to change a weight
     assert results[0] == results[1]
 
@@ -141,17 +165,16 @@ def test_gradients_do_not_leak_into_the_next_step():
 def refused(poison: str) -> list[Any]:
     """What this rank raises when rank 1's share of the step is poisoned; whether its weights are as before."""
     mesh = ParallelMesh(tp=2)
-    model = Decoder(LLAMA, VOCAB, mesh, seed=1)
-    step = TrainStep(model, SMOOTH, mesh)
+    step = TrainStep(PipelinedDecoder(LLAMA, VOCAB, mesh, seed=1), SMOOTH, mesh)
     if poison != "nothing counted":
-        step.accumulate(*micro_batches(0)[0])
+        step.accumulate(batches(0)[:1])
     if mesh.world.rank == 1 and poison != "nothing counted":
         step.grads.params[0].main_grad[0, 0] = float(poison)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in step.grads.params]
     try:
         step.update(0.1, stop=False)
     except ValueError as error:
-        return [str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))]
+        return [str(error), all(torch.equal(a, b) for a, b in zip(before, step.grads.params, strict=True))]
     return []
 
 
@@ -165,8 +188,8 @@ def test_a_step_that_cannot_be_taken_is_refused_by_all(ranks, poison, told):
 
 def stop_wanted(by: int) -> bool:
     mesh = ParallelMesh(tp=2)
-    step = TrainStep(Decoder(LLAMA, VOCAB, mesh), SMOOTH, mesh)
-    step.accumulate(*micro_batches(0)[0])
+    step = TrainStep(PipelinedDecoder(LLAMA, VOCAB, mesh), SMOOTH, mesh)
+    step.accumulate(batches(0)[:1])
     return step.update(0.1, stop=mesh.world.rank == by).stop
 
 
