@@ -36,11 +36,12 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
         megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume
         torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --tp 1 --pp 4 --chunks 1 --microbatches 8
 
-  megapar verify [module:build] [--tp N] [--sequence-parallel]
+  megapar verify [module:build] [--tp N] [--sequence-parallel] [--pp N --chunks N --microbatches N --schedule KIND]
       Builds your model once alone and once in parallel from one seed, runs a step, and compares outputs, loss
       and every raw gradient with the promised bounds. Without a model it proves megapar's own decoder.
 
         megapar verify my_model:build --tp 2
+        megapar verify --pp 2 --chunks 2 --microbatches 5 --schedule zero_bubble
 
   megapar plan schedule [FILE.csv] --pp N [--chunks N] --microbatches N [--zero-bubble] [--out FILE.svg]
       A pipeline schedule, made or read from a file: proven, simulated, as a table and as a picture.
@@ -110,20 +111,30 @@ def _train(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="megapar verify", description="Proves that a model in parallel is the model alone.")
     parser.add_argument("target", nargs="?", help="module:build, a function that returns your model; none: megapar's own decoder")
-    parser.add_argument("--tp", type=int, default=2, help="ranks that share each layer (default: 2)")
+    parser.add_argument("--tp", type=int, help="ranks that share each layer (default: 2, in a pipeline 1)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline ranks (default: 1)")
+    parser.add_argument("--chunks", type=int, default=1, help="stages a pipeline rank (default: 1)")
+    parser.add_argument("--microbatches", type=int, help="micro-batches of the pipeline's step (default: pp + 1)")
+    parser.add_argument("--schedule", choices=KINDS, help="default: 1f1b, interleaved with several chunks")
     parser.add_argument("--sequence-parallel", action="store_true", help="pass sequence_parallel=True to build")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compare (default: cpu, where fp64 is at home)")
     asked = parser.parse_args(arguments)
-    if asked.tp < 2:
-        raise ValueError(f"--tp {asked.tp} leaves nothing to compare: give 2 or more")
+    tp, pp = asked.tp or (2 if asked.pp == 1 else 1), asked.pp
+    if tp * pp < 2:
+        raise ValueError(f"--tp {tp} --pp {pp} leaves nothing to compare: give 2 or more of one")
+    if pp == 1 and (asked.chunks > 1 or asked.microbatches or asked.schedule):
+        raise ValueError("--chunks, --microbatches and --schedule are for pipelines: give --pp 2 or more, or leave them out")
+    microbatches = pp + 1 if asked.microbatches is None else asked.microbatches
+    schedule = None if pp == 1 else make_schedule(asked.schedule, pp, asked.chunks, microbatches)
     if not _under_torchrun():
-        return launch(["verify", *arguments], ranks_wanted("auto", asked.tp, asked.device))
+        return launch(["verify", *arguments], ranks_wanted("auto", tp * pp, asked.device))
     subject = load_subject(asked.target, asked.sequence_parallel) if asked.target else None
-    mesh = ParallelMesh(tp=asked.tp, device=asked.device if asked.device == "cpu" else None)
+    mesh = ParallelMesh(tp=tp, pp=pp, device=asked.device if asked.device == "cpu" else None)
     with named_failures(mesh):
-        cases = verify_decoder(mesh) if subject is None else {asked.target: verify(subject, mesh)}
+        cases = verify_decoder(mesh, schedule) if subject is None else {asked.target: verify(subject, mesh, schedule)}
     if mesh.world.rank == 0:
-        print_cases(cases, f"tp={asked.tp}", each=subject is not None)
+        pipeline = "" if schedule is None else f", pp={pp}, {asked.chunks} chunks, {microbatches} micro-batches"
+        print_cases(cases, f"tp={tp}{pipeline}", each=subject is not None)
     mesh.close()
     return 0 if all(check.passed for checks in cases.values() for check in checks) else 1
 

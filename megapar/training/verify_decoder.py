@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
-from torch import nn
+from torch import Tensor, nn
 
+from megapar.batch import TokenBatch
 from megapar.mesh import ParallelMesh
 from megapar.models.config import DecoderConfig, gpt_style
-from megapar.models.decoder import Decoder
-from megapar.training.verify import SEED, Build, Check, Subject, language_model_loss, random_tokens, verify
+from megapar.models.decoder import Decoder, DecoderStage
+from megapar.params import split
+from megapar.pipeline.schedule import Schedule
+from megapar.training.verify import SEED, Check, Subject, language_model_loss, random_tokens, verify
 
 VOCAB_SIZE = 61
 STYLES = {
@@ -21,17 +25,32 @@ STYLES = {
 }
 
 
-def verify_decoder(mesh: ParallelMesh) -> dict[str, list[Check]]:
+def verify_decoder(mesh: ParallelMesh, schedule: Schedule | None = None) -> dict[str, list[Check]]:
     """The checks of each style, without and with sequence parallelism, by a line that names the case."""
     found = {}
-    for (style, config), sequence_parallel in product(STYLES.items(), (False, True)):
+    for (style, config), sequence_parallel in product(STYLES.items(), (False, True) if mesh.tp.size > 1 else (False,)):
+        if schedule is not None:
+            config = replace(config, layers=max(config.layers, schedule.stages + 1))  # one stage has a layer more
         name = f"{style}{', sequence parallel' if sequence_parallel else ''}"
-        found[name] = verify(Subject(_builder(config, sequence_parallel), random_tokens, language_model_loss), mesh)
+        found[name] = verify(_subject(config, sequence_parallel), mesh, schedule)
     return found
 
 
-def _builder(config: DecoderConfig, sequence_parallel: bool) -> Build:
+class _LogitsStage(DecoderStage):
+    """A stage whose micro-batch is a tuple of tokens; the last one goes on to the logits."""
+
+    def forward(self, x: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+        batch = TokenBatch.of(*inputs)
+        x = super().forward(x, batch)
+        return self.logits(x, batch) if self.is_last else x
+
+
+def _subject(config: DecoderConfig, sequence_parallel: bool) -> Subject:
     def build(mesh: ParallelMesh) -> nn.Module:
         return Decoder(config, VOCAB_SIZE, mesh, sequence_parallel=sequence_parallel, seed=SEED)
 
-    return build
+    def build_stage(mesh: ParallelMesh, stage: int, stages: int) -> nn.Module:
+        layers = split(config.layers, stages)[stage]
+        return _LogitsStage(config, VOCAB_SIZE, mesh, layers=layers, sequence_parallel=sequence_parallel, seed=SEED)
+
+    return Subject(build, random_tokens, language_model_loss, build_stage)
