@@ -61,12 +61,19 @@ class VocabParallelEmbedding(nn.Module):
             check_same_ids(ids, self.tp)
             self._checked = True
         check_ids(ids, self.num_embeddings, "token ids")
-        if self.tp.size == 1 and getattr(self.weight, "main_grad", None) is None:
-            return F.embedding(ids, self.weight)
-        return run_eagerly(_VocabEmbedding, ids, self.weight, self.start, self.tp, self.sequence_parallel and self.tp.size > 1)
+        if self.tp.size == 1:
+            return embed(ids, self.weight)
+        return run_eagerly(_VocabEmbedding, ids, self.weight, self.start, self.tp, self.sequence_parallel)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a whole table, whose gradient goes to its main_grad if it has one."""
+    if getattr(weight, "main_grad", None) is None:
+        return F.embedding(ids, weight)
+    return run_eagerly(_VocabEmbedding, ids, weight, 0, Axis.single("tp"), False)
 
 
 class _VocabEmbedding(torch.autograd.Function):

@@ -13,7 +13,7 @@ from megapar.batch import TokenBatch
 from megapar.collectives import with_summed_grad
 from megapar.layers.attention import Attention
 from megapar.layers.block import DecoderBlock
-from megapar.layers.embedding import VocabParallelEmbedding, check_ids
+from megapar.layers.embedding import VocabParallelEmbedding, check_ids, embed
 from megapar.layers.linear import ColumnParallelLinear
 from megapar.layers.mlp import MLP
 from megapar.layers.norm import LayerNorm, RMSNorm
@@ -142,7 +142,7 @@ class LearnedPositions(nn.Module):
         self.tp, self.sequence_parallel = tp, sequence_parallel
         shape = (config.max_positions, config.hidden_size)
         partial = tp if sequence_parallel else None
-        spec = ParamSpec((Piece.whole("weight", shape),), normal(config.init_std), partial, owner=tp.rank == 0)
+        spec = ParamSpec((Piece.whole("weight", shape),), normal(config.init_std), partial, owner=tp.rank == 0, defers=True)
         self.weight = SpecParameter.of(torch.empty(shape, device="meta", dtype=dtype), spec)
 
     def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
@@ -150,7 +150,7 @@ class LearnedPositions(nn.Module):
         if self.sequence_parallel:
             c = x.shape[0]
             ids = ids[self.tp.rank * c : (self.tp.rank + 1) * c]
-        vectors = nn.functional.embedding(ids, with_summed_grad(self.weight))
+        vectors = embed(ids, with_summed_grad(self.weight))
         if vectors.shape[0] < x.shape[0]:
             # The padding rows of sequence parallelism have no position.
             vectors = nn.functional.pad(vectors, (0, 0, 0, x.shape[0] - vectors.shape[0]))
