@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
 from megapar.params import Interval, spec_of
-from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.transport import host_device, start_all_gather, start_all_reduce, start_reduce_scatter
 
 
 def all_gather_last(x: Tensor, axis: Axis, parts: Sequence[Interval]) -> Tensor:
@@ -171,7 +170,7 @@ def gather_json(value: Any, axis: Axis) -> list[Any]:
     """Every rank's JSON-able value, by rank. Two collectives; for the host side of things, not for a training step."""
     if axis.size == 1:
         return [value]
-    device = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu"
+    device = host_device(axis)
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = start_all_gather(torch.tensor([payload.numel()], device=device), axis).wait().tolist()
     sent = torch.zeros((1, max(sizes)), dtype=torch.uint8, device=device)

@@ -11,13 +11,25 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megapar.mesh import ParallelMesh
-from megapar.shared_memory import process_is_gone
+from megapar.shared_memory import CommunicationError, process_is_gone
+from megapar.transport import close_connections
 
 FAILED = "megapar/failed"
 
 
 class RemoteError(RuntimeError):
     """Another rank failed first, or is gone; the message names it, and says what it said."""
+
+
+def leave(mesh: ParallelMesh, error: BaseException, where: str) -> None:
+    """Lets no rank wait for this one, which is about to raise `error`: leaves word of it and ends all waits along the mesh's axes.
+
+    A rank that ends because another did leaves no word. Of several ranks that fail by themselves the first one's word stays.
+    """
+    if not isinstance(error, CommunicationError):
+        tell_failure(mesh, error, where)
+    for axis in (mesh.pp, mesh.tp, mesh.dp, mesh.pp_ends, mesh.world):
+        close_connections(axis)
 
 
 def tell_failure(mesh: ParallelMesh, error: BaseException, where: str) -> None:

@@ -70,6 +70,10 @@ class Axis:
             self._subsets[key] = Axis(self.name, key.index(self.rank), len(key), ranks, group, self.timeout)
         return self._subsets[key]
 
+    def subsets(self) -> list[Axis]:
+        """Those that `subset` has made so far."""
+        return list(self._subsets.values())
+
 
 TensorParallel = Axis | DeviceMesh | dist.ProcessGroup | None
 

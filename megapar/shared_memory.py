@@ -58,7 +58,8 @@ class SharedMemory:
     def __init__(self, memory: mmap.mmap, rank: int, size: int, slot: int, processes: list[int], timeout: float) -> None:
         self.rank, self.size, self.slot, self.timeout = rank, size, slot, timeout
         lines = np.frombuffer(memory, np.int64, count=2 * size * LINE // 8).reshape(2, size, LINE // 8)
-        self._posted, self._signatures, self._finished = lines[0, :, 0], lines[0, :, 1 : 1 + RING], lines[1, :, 0]
+        self._posted, self._signatures = lines[0, :, 0], lines[0, :, 1 : 1 + RING]
+        self._finished, self._left = lines[1, :, 0], lines[1, :, 1]
         data = torch.frombuffer(memory, dtype=torch.uint8, offset=2 * size * LINE)
         self._slots = data.view(size, RING, slot).unbind()
         self._processes = processes
@@ -91,6 +92,10 @@ class SharedMemory:
             while self._under_way and self._under_way[0].done:
                 self._finished[self.rank] = self._under_way.popleft().number
             return result
+
+    def leave(self) -> None:
+        """Ends every wait of the other ranks for this one, now and later, with an error."""
+        self._left[self.rank] = 1
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -130,6 +135,8 @@ class SharedMemory:
             os.sched_yield()
             return None
         time.sleep(NAP)
+        if self._left[rank]:
+            return f"rank {rank} of the axis failed and left: see its output, and start the ranks again"
         if process_is_gone(self._processes[rank]):
             return f"rank {rank} of the axis died (process {self._processes[rank]}): see its output, and start the ranks again"
         if waited > self.timeout:

@@ -61,6 +61,11 @@ def group_of(axis: Axis) -> dist.ProcessGroup:
     return axis.group
 
 
+def host_device(axis: Axis) -> torch.device:
+    """Where small tensors must be that hosts tell each other: on the CPU, unless the axis's group has NCCL alone."""
+    return torch.device("cuda" if axis.group is not None and dist.get_backend(axis.group) == "nccl" else "cpu")
+
+
 def wait(work: dist.Work) -> None:
     """Waits for what was started. Raises CommunicationError if the other rank is gone or does not come in time."""
     try:
@@ -89,19 +94,24 @@ def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> dist.Work:
 
 
 def close_connections(axis: Axis) -> None:
-    """Ends every wait of the axis's ranks for messages of its group, now and later, with an error. Nothing can be sent any more.
+    """Ends every wait of the axis's other ranks for this one, now and later, with an error. Nothing can be sent any more.
 
-    Destroying a gloo group leaves its connections open while anything refers to it. A receive that times out closes them all.
+    Neither destroying a gloo group nor aborting it closes its connections. A receive that times out closes them all.
     """
-    group = group_of(axis)
-    if dist.get_backend(group) == "nccl":
-        group.abort()
+    if axis.memory is not None:
+        axis.memory.leave()
+    for subset in axis.subsets():
+        close_connections(subset)
+    if axis.group is None:
+        return
+    if "nccl" in dist.get_backend(axis.group):
+        axis.group._get_backend(torch.device("cuda")).abort()
     never_sent = torch.empty(1)
     for rank in range(axis.size):
-        # One that is closed already raises at once and closes no other.
+        # One that is closed already raises at once and closes no other. A group of NCCL alone sends nothing from the host.
         with suppress(RuntimeError):
             if rank != axis.rank:
-                group.recv([never_sent], rank, NEVER).wait(timedelta(milliseconds=1))
+                axis.group.recv([never_sent], rank, NEVER).wait(timedelta(milliseconds=1))
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:

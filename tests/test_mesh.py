@@ -39,14 +39,38 @@ def test_rank_order(ranks):
 
 
 def whole_world_axes() -> None:
-    """An axis as large as the world is the world's group, one of size 1 has none: no group is made."""
+    """An axis as large as the world is the world's group, one of size 1 has none: the only group made joins the ends of the pipeline."""
     for sizes, filled in (({"tp": 4}, "tp"), ({"pp": 4}, "pp"), ({}, "dp")):
         with counted() as calls:
             mesh = ParallelMesh(**sizes)
-        assert "new_group" not in calls, calls
+        assert calls["new_group"] == (filled == "pp"), calls
         for axis in (mesh.tp, mesh.dp, mesh.pp):
             assert axis.group is (dist.group.WORLD if axis.name == filled else None)
     assert {axis.size for axis in (lambda m: (m.world, m.tp, m.dp, m.pp))(ParallelMesh.alone())} == {1}
+
+
+def ends(tp: int, pp: int) -> tuple[int, ...]:
+    mesh = ParallelMesh(tp=tp, pp=pp)
+    assert mesh.pp_ends.ranks[mesh.pp_ends.rank] == dist.get_rank()
+    if mesh.pp_ends.size > 1:
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total, group=mesh.pp_ends.group)
+        assert float(total) == sum(mesh.pp_ends.ranks)
+    return mesh.pp_ends.ranks
+
+
+@pytest.mark.parametrize(
+    "tp,pp,expected",
+    [
+        (1, 2, [(0, 1)] * 2),
+        (1, 3, [(0, 2), (1,), (0, 2)]),
+        (2, 3, [(0, 4), (1, 5), (2,), (3,), (0, 4), (1, 5)]),
+        (2, 1, [(0,), (1,)]),
+    ],
+)
+def test_ends_of_the_pipeline(ranks, tp, pp, expected):
+    """The first and the last pipeline rank of each row share an axis; those between have one of their own."""
+    assert ranks.run(tp * pp, ends, tp, pp) == expected
 
 
 def test_no_needless_groups(ranks):

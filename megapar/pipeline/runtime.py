@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.collectives import check_same, gather_json, raise_together
-from megapar.failures import named_failures, tell_failure
+from megapar.failures import leave, named_failures
 from megapar.mesh import ParallelMesh
 from megapar.pipeline.check import check
 from megapar.pipeline.orders import forward_only
@@ -26,8 +26,7 @@ from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, SHARDING, Action
 from megapar.pipeline.simulate import Timeline
 from megapar.pipeline.stage import LossFunction, Stage
 from megapar.pipeline.wire import Incoming, Payload, Wire, signature
-from megapar.shared_memory import CommunicationError
-from megapar.transport import close_connections, start_all_gather
+from megapar.transport import host_device, start_all_gather
 
 
 @dataclass
@@ -68,10 +67,10 @@ class PipelineRunner:
         try:
             self.schedule = prepared(schedule, mesh.pp.size, sharding is not None)
             self.stages = _stages(chunks, self.schedule, mesh.pp.rank, inputs)
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        raise_together(error, mesh.pp)
-        check_same(hashlib.sha256(str(self.schedule).encode()).hexdigest(), mesh.pp, "the schedule's sha256")
+        raise_together(error, mesh.world)
+        check_same(hashlib.sha256(str(self.schedule).encode()).hexdigest(), mesh.world, "the schedule's sha256")
         self.wire = Wire(mesh.pp, self.schedule.stage_to_rank, mesh.device)
         self._evaluations: dict[int, Schedule] = {}
         self._recorder = Recorder(mesh.device)
@@ -83,15 +82,15 @@ class PipelineRunner:
         loss_fn(output, micro_batch): the fp32 sum of the losses, and how many they are; called on the last stage. loss_scale: the seed
         of its backward. Raises ValueError on every rank, before anything is computed, for lists that differ or do not fit the schedule.
         """
-        return self._execute(self.schedule, micro_batches, loss_fn, loss_scale)[0]
+        return self._execute("step", self.schedule, micro_batches, loss_fn, loss_scale)[0]
 
     def evaluate(self, micro_batches: Sequence[Any], loss_fn: LossFunction) -> StepTotals:
         """Forwards alone, without gradients, of any number of micro-batches, the same list on every rank of a pipeline."""
-        return self._execute(None, micro_batches, loss_fn, None)[0]
+        return self._execute("evaluate", None, micro_batches, loss_fn, None)[0]
 
     def forward(self, micro_batch: Any) -> Any:
         """What the last stage returns for a micro-batch, without gradients; None on ranks that do not hold it."""
-        return self._execute(None, [micro_batch], None, None)[1]
+        return self._execute("forward", None, [micro_batch], None, None)[1]
 
     def timeline(self) -> Timeline:
         """What every rank did in the last `step` and when, in seconds since its start. All ranks of the pipeline call it."""
@@ -108,38 +107,47 @@ class PipelineRunner:
         return self._evaluations[microbatches]
 
     def _execute(
-        self, schedule: Schedule | None, micro_batches: Sequence[Any], loss_fn: LossFunction | None, loss_scale: float | None
+        self,
+        what: str,
+        schedule: Schedule | None,
+        micro_batches: Sequence[Any],
+        loss_fn: LossFunction | None,
+        loss_scale: float | None,
     ) -> tuple[StepTotals, Any]:
-        """Runs `schedule`, or forwards alone."""
+        """Runs `schedule`, or forwards alone. what: the method that was called."""
         if self._broken is not None:
             raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again") from self._broken
         with named_failures(self.mesh):
-            signed = self._agree(None if schedule is None else schedule.microbatches, micro_batches)
+            signed = self._agree(what, None if schedule is None else schedule.microbatches, micro_batches)
             schedule = schedule or self._forward_schedule(len(signed))
             step = _Step(self, schedule, micro_batches, signed, loss_fn, loss_scale)
             with self._failing(step):
                 step.run()
         return step.totals, step.output
 
-    def _agree(self, wanted: int | None, micro_batches: Sequence[Any]) -> list[Hashable]:
-        """The signature of each micro-batch, once all ranks have said that theirs are the same. One exchange of 16 bytes, on the host."""
-        error: ValueError | None = None
+    def _agree(self, what: str, wanted: int | None, micro_batches: Sequence[Any]) -> list[Hashable]:
+        """The signature of each micro-batch, once all ranks have said that theirs are the same. One exchange of 8 bytes, on the host."""
+        error: Exception | None = None
         signed: list[Hashable] = []
+        count = len(micro_batches) if isinstance(micro_batches, Sequence) else None
         try:
+            if count is None:
+                raise ValueError(f"{what} was given a {type(micro_batches).__name__} as micro-batches: give a list of them")
+            if count == 0 or count != (wanted or count):
+                raise ValueError(f"{what} was given {count} micro-batches and takes {wanted or '1 or more'}: give as many")
             signed = [signature(micro_batch) for micro_batch in micro_batches]
-            if (wanted is not None and len(signed) != wanted) or not signed:
-                raise ValueError(f"the step was given {len(signed)} micro-batches and takes {wanted or '1 or more'}: give as many")
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         axis = self.mesh.world if self.mesh.dp.size == 1 else self.mesh.pp
         if axis.size == 1:
             raise_together(error, axis)
             return signed
-        digest = int.from_bytes(hashlib.sha256(repr(signed).encode()).digest()[:7], "little")
-        mine = torch.tensor([[len(micro_batches), -1 if error else digest]])
+        digest = int.from_bytes(hashlib.sha256(repr((what, signed)).encode()).digest()[:7], "little")
+        mine = torch.tensor([-1 if error else digest], device=host_device(axis))
         everyone = start_all_gather(mine, axis).wait()
-        if error is not None or bool((everyone != mine).any()) or bool((everyone[:, 1] < 0).any()):
-            check_same(len(micro_batches), axis, "the number of micro-batches")
+        if bool((everyone != mine).any()) or bool((everyone < 0).any()):
+            check_same(what, axis, "the method that is called")
+            check_same(count, axis, "the number of micro-batches")
             raise_together(error, axis)
             check_same([str(s) for s in signed], axis, "what the micro-batches look like")
         return signed
@@ -153,10 +161,7 @@ class PipelineRunner:
             self._broken = error
             for stage in self.stages.values():
                 stage.forget()
-            if self.mesh.pp.size > 1:
-                if not isinstance(error, CommunicationError):
-                    tell_failure(self.mesh, error, str(step.action))
-                close_connections(self.mesh.pp)
+            leave(self.mesh, error, str(step.action))
             raise
 
 
@@ -243,7 +248,7 @@ class _Step:
         else:
             output, found = stage.evaluate(received, self.micro_batches[m], self.loss_fn)
         if found is not None:
-            self.totals.loss += found[0]
+            self.totals.loss = self.totals.loss + found[0]
             self.totals.count = self.totals.count + found[1]
         elif output is not None and stage.is_last:
             self.output = output.value
@@ -255,6 +260,9 @@ def prepared(schedule: Schedule, pp: int, shards: bool) -> Schedule:
     """The schedule as it is executed: proven, with its sends. Raises ValueError for one that does not suit `pp` ranks."""
     if len(schedule.ranks) != pp:
         raise ValueError(f"the schedule has {len(schedule.ranks)} ranks and the mesh pp={pp}: make one for {pp}, or another mesh")
+    idle = sorted(set(range(pp)) - set(schedule.stage_to_rank))
+    if idle:
+        raise ValueError(f"the schedule gives rank {idle[0]} no stage: give every rank one, or use fewer ranks")
     if schedule.has(SHARDING) and not shards:
         raise ValueError("the schedule has sharding actions and the runner nobody to do them: give it sharding=, or a schedule without")
     if not schedule.has(("B", "I")):
@@ -271,8 +279,9 @@ def _stages(chunks: Sequence[nn.Module], schedule: Schedule, rank: int, inputs: 
     if len(chunks) != len(places):
         raise ValueError(f"rank {rank} has {len(chunks)} chunks and the schedule gives it stages {places}: give {len(places)} chunks")
     stages = {place: Stage(chunk, place, schedule.stages, inputs) for place, chunk in zip(places, chunks, strict=True)}
+    ends_here = (0 in stages) and (schedule.stages - 1 in stages)
     for stage in stages.values():
-        stage.check_ties()
+        stage.check_ties(ends_here)
         if schedule.has("W"):
             stage.defer()
     return stages

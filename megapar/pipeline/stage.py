@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.grads import Deferral
 from megapar.params import spec_of
-from megapar.pipeline.wire import Payload
+from megapar.pipeline.wire import Payload, takes_gradient
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, "int | Tensor"]]
 """Called with the last stage's output and the micro-batch: the fp32 sum of its losses, 0-d, and how many were summed."""
@@ -39,16 +39,24 @@ class Stage:
     """
 
     def __init__(self, module: nn.Module, index: int, stages: int, inputs: Callable[[Any], Any] | None) -> None:
-        self.module, self.index, self.inputs = module, index, inputs
+        self.module, self.index, self.stages, self.inputs = module, index, stages, inputs
         self.is_first, self.is_last = index == 0, index == stages - 1
         self.deferral: Deferral | None = None
         self._kept: dict[int, _Kept] = {}
 
-    def check_ties(self) -> None:
-        """Raises ValueError if a weight of the stage is tied to another stage's and its gradient would not be summed."""
+    def check_ties(self, ends_here: bool) -> None:
+        """Raises ValueError if a weight of the stage is tied to another stage's and its gradient would not be summed. ends_here: whether
+        this rank holds both ends of the pipeline: a tie sums over ranks."""
         for name, param in self.module.named_parameters():
             spec = spec_of(param)
-            if spec is not None and spec.tie is not None and param.requires_grad and getattr(param, "main_grad", None) is None:
+            if spec is None or spec.tie is None or not param.requires_grad:
+                continue
+            if ends_here and self.index in (0, self.stages - 1):
+                raise ValueError(
+                    f"{name} of stage {self.index} is tied to another stage's, and the schedule places both on one rank, where nothing "
+                    "sums their gradients: take a schedule that ends on another rank, or no tied weights"
+                )
+            if getattr(param, "main_grad", None) is None:
                 raise ValueError(
                     f"{name} of stage {self.index} is tied to another stage's, and only MainGrads sums the gradients of both: "
                     "give it the parameters before making the runner"
@@ -78,14 +86,14 @@ class Stage:
         """(what the next stage gets, None); the last stage: (None, (loss, count))."""
         leaves: tuple[Tensor, ...] = ()
         if received is not None:
-            parts = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in received.tensors)
+            parts = tuple(part.detach().requires_grad_(takes_gradient(part.dtype)) for part in received.tensors)
             leaves = tuple(part for part in parts if part.requires_grad)
             received = Payload(parts, received.is_tuple)
         with torch.enable_grad():
             output = self._call(received, micro_batch)
             found = check_loss(loss_fn(output.value, micro_batch)) if self.is_last else None
         ends = output.tensors if found is None else (found[0],)
-        edges = tuple(get_gradient_edge(end) if end.requires_grad else None for end in ends if end.is_floating_point())
+        edges = tuple(get_gradient_edge(end) if end.requires_grad else None for end in ends if takes_gradient(end.dtype))
         self._kept[microbatch] = _Kept(leaves, edges)
         return (None, (found[0].detach(), found[1])) if found is not None else (output, None)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megapar.mesh import Axis
 from megapar.pipeline.schedule import Action
-from megapar.transport import start_receive, start_send, wait
+from megapar.transport import host_device, start_receive, start_send, wait
 
 HEADER_BYTES = 1024
 MOST_PARTS = 16
@@ -53,11 +53,20 @@ class Payload(NamedTuple):
         return Payload(parts, isinstance(value, tuple))
 
 
+def takes_gradient(dtype: torch.dtype) -> bool:
+    """Whether gradients flow to the parts of this dtype, all of them: the others' are zeros if nothing needs them."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 class Form(NamedTuple):
-    """Shapes and dtypes of a payload. Gradients flow to its floating-point parts."""
+    """Shapes and dtypes of a payload."""
 
     parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     is_tuple: bool
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{dtype} {list(shape)}" for shape, dtype in self.parts)
+        return f"a tuple of {parts}" if self.is_tuple else parts
 
     @staticmethod
     def of(payload: Payload) -> Form:
@@ -66,7 +75,7 @@ class Form(NamedTuple):
     @property
     def gradient(self) -> Form:
         """The form of the gradient that comes back."""
-        return Form(tuple(part for part in self.parts if part[1].is_floating_point), True)
+        return Form(tuple(part for part in self.parts if takes_gradient(part[1])), True)
 
     def empty(self, device: torch.device) -> Payload:
         return Payload(tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.parts), self.is_tuple)
@@ -123,31 +132,31 @@ class Wire:
 
     def __init__(self, axis: Axis, stage_to_rank: Sequence[int], device: torch.device) -> None:
         self.axis, self.stage_to_rank, self.device = axis, stage_to_rank, device
-        self.bytes_sent = 0
+        self.bytes_sent = self.header_bytes_sent = 0
+        self._header_device = host_device(axis)
         self._forms: dict[tuple[int, Hashable], Form] = {}
         self._outgoing: dict[tuple[str, int], deque[_Outgoing]] = {}
 
     def send(self, action: Action, payload: Payload, signed: Hashable) -> None:
         """Starts sending what `action`, a SEND_F or SEND_B, sends; the caller may forget it."""
         tensors = [part.detach().contiguous() for part in payload.tensors]
-        peer, works = self._peer(action), []
+        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if action.kind == "SEND_F":
             form, known = Form.of(payload), self._forms.get((action.stage + 1, signed))
             if known is None:
+                tensors.insert(0, form.encoded().to(self._header_device))
                 self._forms[action.stage + 1, signed] = form
-                tensors.insert(0, form.encoded())
+                self.header_bytes_sent += HEADER_BYTES
             elif known != form:
                 raise ValueError(
-                    f"stage {action.stage} returned {form.parts} for a micro-batch whose like gave {known.parts} before: "
+                    f"stage {action.stage} returned {form} for a micro-batch whose like gave {known} before: "
                     "let the shapes of what a stage returns depend on the shapes in the micro-batch alone"
                 )
         waiting = self._outgoing.setdefault((action.kind, action.stage), deque())
         while len(waiting) >= UNDER_WAY:
             self._finish(waiting.popleft())
-        for tensor in tensors:
-            works.append(start_send(tensor, self.axis, peer, self._tag(action)))
-            self.bytes_sent += tensor.numel() * tensor.element_size()
-        waiting.append(_Outgoing(tensors, works))
+        peer, tag = self._peer(action), self._tag(action)
+        waiting.append(_Outgoing(tensors, [start_send(tensor, self.axis, peer, tag) for tensor in tensors]))
 
     def knows(self, action: Action, signed: Hashable) -> bool:
         """Whether a RECV_F or RECV_B of a micro-batch of this signature can be posted without waiting for a header."""
@@ -155,14 +164,14 @@ class Wire:
 
     def receive(self, action: Action, signed: Hashable) -> Incoming:
         """Starts receiving what `action`, a RECV_F or RECV_B, receives; waits for the header if there has to be one."""
-        peer, boundary = self._peer(action), self._boundary(action, signed)
+        peer, tag, boundary = self._peer(action), self._tag(action), self._boundary(action, signed)
         if boundary not in self._forms:
-            header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-            wait(start_receive(header, self.axis, peer, self._tag(action)))
+            header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._header_device)
+            wait(start_receive(header, self.axis, peer, tag))
             self._forms[boundary] = Form.decoded(header)
         form = self._forms[boundary]
         payload = (form if action.kind == "RECV_F" else form.gradient).empty(self.device)
-        return Incoming(payload, [start_receive(part, self.axis, peer, self._tag(action)) for part in payload.tensors])
+        return Incoming(payload, [start_receive(part, self.axis, peer, tag) for part in payload.tensors])
 
     def flush(self) -> None:
         """Waits until all that was sent has arrived."""
@@ -184,9 +193,8 @@ class Wire:
         """Boundaries are numbered by the stage after them."""
         return action.stage + (action.kind == "RECV_B"), signed
 
-    @staticmethod
-    def _tag(action: Action) -> int:
+    def _tag(self, action: Action) -> int:
         """The same on both ends, and of no other message of a step. Header and parts of a message share it: they keep their order."""
         assert action.microbatch is not None
         boundary = action.stage + (action.kind in ("SEND_F", "RECV_B"))
-        return (action.microbatch << 16) + (boundary << 1) + (action.kind in ("SEND_B", "RECV_B"))
+        return 2 * (action.microbatch * len(self.stage_to_rank) + boundary) + action.kind.endswith("B")

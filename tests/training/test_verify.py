@@ -158,7 +158,44 @@ LLAMA = """
         sizes = {"hidden_size": 16, "intermediate_size": 23, "num_attention_heads": 4, "num_key_value_heads": 2}
         return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=1, max_position_embeddings=32, **sizes))
 """
+STAGES = """
+    import torch
+    from torch import nn
+
+
+    def build():
+        torch.manual_seed(1)
+        layers = [nn.Embedding(31, 8), *(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 31)]
+        return nn.Sequential(*layers)
+
+
+    plan = {}
+
+
+    class Stage(nn.Module):
+        def __init__(self, start, stop, scale=1.0):
+            super().__init__()
+            self.scale = scale
+            for number, layer in list(build().named_children())[start:stop]:
+                self.add_module(number, layer)  # the names of the whole
+
+        def forward(self, x, inputs):
+            x = inputs[0] if x is None else x
+            for layer in self.children():
+                x = layer(x)
+            return x if self.scale == 1.0 else self.scale * x + (1 - self.scale) * x.detach()
+
+
+    def build_stage(mesh, stage, stages):
+        cuts = [6 * s // stages for s in range(stages + 1)]
+        return Stage(cuts[stage], cuts[stage + 1], SCALE if stage == 1 else 1.0)
+
+
+    SCALE = 1.0
+"""
+SCALED = STAGES.replace("SCALE = 1.0", "SCALE = 2.0")
 MODULES = {"verified_ours": OURS, "verified_planted": PLANTED, "verified_plain": PLAIN, "verified_hooks": HOOKS, "verified_llama": LLAMA}
+MODULES |= {"verified_stages": STAGES, "verified_scaled": SCALED}
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +320,7 @@ def test_a_plain_model_without_a_plan_is_told_how_to_write_one(ranks):
 
 def test_a_model_without_tokens_is_told_of_inputs():
     with pytest.raises(ValueError, match=r"inputs\(\)"):
-        random_tokens(nn.Linear(2, 2))
+        random_tokens(nn.Linear(2, 2), 0)
 
 
 def test_verdict():
@@ -293,5 +330,46 @@ def test_verdict():
 
 
 def test_random_tokens_are_the_same_each_time():
+    """And micro-batches differ, in their tokens and some in their length: else a pipeline that mixed them up would pass."""
     torch.rand(3)
-    assert torch.equal(random_tokens(Embedded())[0], random_tokens(Embedded())[0])
+    assert torch.equal(random_tokens(Embedded(), 0)[0], random_tokens(Embedded(), 0)[0])
+    first, second, third = (random_tokens(Embedded(), m)[0] for m in range(3))
+    assert first.shape == second.shape != third.shape and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("arguments", ["--pp 2", "--pp 3 --microbatches 2 --schedule gpipe", "--pp 2 --chunks 3 --microbatches 5"])
+def test_a_right_pipeline_passes(ranks, folder, arguments):
+    pp = int(arguments.split()[1])
+    results = ranks.run(pp, verify_in, folder, "verified_stages", *arguments.split())
+    assert [status for status, _, _ in results] == [0] * pp
+    for line in ("initial weights", "output", "loss", "gradient 0.weight", "gradient 5.bias"):
+        assert line in results[0][1]
+
+
+def test_a_stage_that_scales_gradients_is_found(ranks, folder):
+    """Its outputs and losses are right, and so are the gradients after it."""
+    (status, table, _), (other, _, _) = ranks.run(2, verify_in, folder, "verified_scaled", "--pp", "2", "--chunks", "2")
+    assert (status, other) == (1, 1)
+    assert failed(table) == {f"gradient {n}" for n in ("0.weight", "1.0.weight", "1.0.bias", "2.0.weight", "2.0.bias")}
+
+
+@pytest.mark.parametrize("arguments", ["--tp 2 --pp 2 --chunks 2", "--pp 2 --schedule zero_bubble --microbatches 5"])
+def test_own_decoder_is_proved_in_a_pipeline(ranks, arguments):
+    size = 4 if "--tp" in arguments else 2
+    results = ranks.run(size, verify_in, Path.cwd(), *arguments.split())
+    assert [status for status, _, _ in results] == [0] * size
+    assert failed(results[0][1]) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--pp 1 --tp 1", "leaves nothing to compare"),
+        ("--chunks 2", "are for pipelines"),
+        ("--pp 2 --chunks 2 --schedule 1f1b", "1f1b has one chunk"),
+        ("verified_plain --pp 2", "build_stage"),
+    ],
+)
+def test_pipelines_that_cannot_be_verified(ranks, folder, arguments, told):
+    results = ranks.run(2, verify_in, folder, *arguments.split())
+    assert all(status == 2 and told in err for status, _, err in results)
