@@ -5,13 +5,16 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megapar.pipeline.orders import interleaved_1f1b, one_f_one_b
 from megapar.pipeline.passes import with_communication, with_sharding
 from megapar.pipeline.schedule import COMPUTE, Action, parse_schedule
-from megapar.pipeline.simulate import Costs, Span, Timeline, simulate
+from megapar.pipeline.simulate import Costs, Span, Timeline, measured_costs, simulate
 from megapar.pipeline.timeline import draw, table, write_trace
 from megapar.pipeline.zero_bubble import zero_bubble
+from tests.pipeline.common import costs_of, layouts
 
 
 def test_starts_and_ends_by_hand() -> None:
@@ -105,3 +108,14 @@ def test_trace(tmp_path) -> None:
     for rank in range(2):  # what is on one track does not overlap
         track = sorted((event["ts"], event["ts"] + event["dur"]) for event in whole if event["pid"] == rank)
         assert all(end <= start + 1e-6 for (_, end), (start, _) in itertools.pairwise(track))
+
+
+@given(st.data())
+def test_measured_costs_are_those_simulated(data):
+    """Of a whole step: what was put in comes out, a B as the I that it holds."""
+    pp, chunks, microbatches, group = data.draw(layouts(6))
+    schedule = interleaved_1f1b(pp, chunks, microbatches, group)
+    costs = data.draw(costs_of(schedule.stages, lowest=0.125))
+    found = measured_costs(simulate(schedule, costs), schedule.stages).by_stage(schedule.stages)
+    wanted = costs.by_stage(schedule.stages)
+    assert found["F"] == pytest.approx(wanted["F"]) and found["I"] == pytest.approx(wanted["B"]) and found["W"] == [0.0] * schedule.stages

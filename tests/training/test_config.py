@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.models.config import DecoderConfig
-from megapar.training.config import Config, DataConfig, OptimizerConfig, ParallelConfig, RunConfig, from_dict, load_config, to_dict
+from megapar.training.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    from_dict,
+    load_config,
+    micro_batch_size,
+    to_dict,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -99,6 +109,11 @@ def test_section_must_be_a_table():
         ("--run.micro-batch-size 0", "run.micro_batch_size=0"),
         ("--data.sequence-length 0", "data.sequence_length=0"),
         ("--tp -1", "parallel.tp=-1"),
+        ("--pp 0", "parallel.pp=0"),
+        ("--chunks 0", "parallel.chunks=0"),
+        ("--microbatches 0", "run.microbatches=0"),
+        ("--microbatches 5", "run.batch_size=16 must be a multiple of run.microbatches=5"),
+        ("--microbatches 2 --run.micro-batch-size 4", "x run.microbatches=2 must be run.batch_size=16"),
         ("--parallel.timeout 0", "parallel.timeout=0"),
         ("--optimizer.lr 0", "optimizer.lr=0.0"),
         ("--optimizer.lr nan", "optimizer.lr=nan"),
@@ -123,6 +138,13 @@ def test_check_refuses_in_a_sentence_with_value_and_fix(override, told):
     assert told in message
     assert ": " in message, "the fix follows a colon"
     assert "\n" not in message
+
+
+def test_micro_batches_by_their_size_or_their_number():
+    def size(**values: int) -> int:
+        return micro_batch_size(RunConfig(batch_size=12, **values))
+
+    assert [size(), size(microbatches=3), size(micro_batch_size=3), size(micro_batch_size=3, microbatches=4)] == [12, 4, 3, 3]
 
 
 def test_overrides_and_aliases_win_over_the_file(tmp_path):

@@ -1,5 +1,6 @@
 """A run that ends, Ctrl-C, a rank that dies and a rank that hangs, under megapar's own launcher: nothing is left running."""
 
+import json
 import os
 import random
 import signal
@@ -38,7 +39,8 @@ micro_batch_size = 2
 save_every = 1_000_000
 """
 ROOT = Path(__file__).resolve().parents[2]
-ACCIDENTS = {"interrupted": signal.SIGINT, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+ACCIDENTS = {"interrupted": signal.SIGINT, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "killed in a pipeline": signal.SIGKILL}
+PIPELINE = ("--tp", "1", "--pp", "2", "--model.layers", "2", "--microbatches", "2", "--run.micro-batch-size", "1")
 
 
 class Job:
@@ -85,8 +87,8 @@ class Job:
 def jobs(tmp_path_factory) -> Iterator[dict[str, Job]]:
     """A job for each accident; all of them start together, and each has its accident as soon as it trains."""
     folder = tmp_path_factory.mktemp("jobs")
-    started = {name: Job(folder / name) for name in ACCIDENTS}
-    started["finished"] = Job(folder / "finished", "--steps", "4", "--run.sample-tokens", "3")
+    started = {name: Job(folder / name, *(PIPELINE if "pipeline" in name else ())) for name in ACCIDENTS}
+    started["finished"] = Job(folder / "finished", *PIPELINE, "--steps", "4", "--run.sample-tokens", "3")
     try:
         for name in ACCIDENTS:
             job = started[name]
@@ -111,6 +113,10 @@ def test_a_run_to_its_end(jobs):
     assert out.count("held-out loss") == 2, "said once while it runs and once at the end, by one rank"
     assert f"model {job.out / 'model'}" in out
     assert {path.name for path in (job.out / "model").glob("*.safetensors")} == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    trace = json.loads((job.out / "timeline.json").read_text())["traceEvents"]
+    computed = {event["name"] for event in trace if event["ph"] == "X"}
+    assert computed == {f"{stage}{kind}{m}" for stage in (0, 1) for kind in "FB" for m in (0, 1)}
+    assert (job.out / "timeline.png").stat().st_size > 1000 and "simulated" in out
 
 
 def test_ctrl_c_stops_all_ranks_and_keeps_what_was_done(jobs):
@@ -131,8 +137,9 @@ def test_ctrl_c_stops_all_ranks_and_keeps_what_was_done(jobs):
     assert state["step"] == len(records)
 
 
-def test_a_rank_that_dies_is_named_and_ends_the_others(jobs):
-    job = jobs["killed"]
+@pytest.mark.parametrize("name", ["killed", "killed in a pipeline"])
+def test_a_rank_that_dies_is_named_and_ends_the_others(jobs, name):
+    job = jobs[name]
     assert job.process.wait(45) == 1
     assert "rank 1 stopped answering" in job.stderr
     assert "rank 1 was killed by SIGKILL" in job.stderr

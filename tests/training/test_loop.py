@@ -53,7 +53,7 @@ def replaced(config: Config, section: str, **values: Any) -> Config:
 def run(config: Config, at: int = 0, accident: str = "") -> list[Any]:
     """Trains; in update `at` the last rank is interrupted, or all ranks fail. [step, interrupted, held-out loss]."""
     os.environ["XDG_CACHE_HOME"] = str(Path(config.data.corpus).parent / "cache")
-    mesh = ParallelMesh(tp=config.parallel.tp)
+    mesh = ParallelMesh(tp=config.parallel.tp, pp=config.parallel.pp)
 
     def rate(step: int, **rest: Any) -> float:
         if step == at - 1 and accident == "interrupt" and mesh.world.rank == mesh.world.size - 1:
@@ -72,7 +72,7 @@ def run(config: Config, at: int = 0, accident: str = "") -> list[Any]:
 
 def run_or_refuse(configs: list[Config]) -> str:
     """The sentence with which this rank's config is refused."""
-    mesh = ParallelMesh(tp=configs[0].parallel.tp)
+    mesh = ParallelMesh(tp=configs[0].parallel.tp, pp=configs[0].parallel.pp)
     try:
         train(configs[mesh.world.rank % len(configs)], mesh)
     except ValueError as error:
@@ -114,6 +114,49 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(ranks, whole_runs, 
     assert metrics_of(config) == metrics_of(whole)
     assert weights_of(config, 6) == weights_of(whole, 6)
     assert len(weights_of(config, 6)) == tp
+
+
+def piped(config: Config, pp: int, chunks: int, kind: str) -> Config:
+    config = replaced(replaced(config, "parallel", pp=pp, chunks=chunks, schedule=kind), "model", layers=4)
+    return replaced(config, "run", batch_size=6, micro_batch_size=None, microbatches=3)
+
+
+@pytest.mark.parametrize(("tp", "pp", "chunks", "kind"), [(1, 2, 2, "auto"), (2, 2, 1, "zero_bubble")])
+def test_a_resumed_pipeline_is_bitwise_the_run_that_never_stopped(ranks, tmp_path, tp, pp, chunks, kind):
+    whole = piped(config_for(tmp_path, tp), pp, chunks, kind)
+    assert all(result[:2] == [6, False] for result in ranks.run(tp * pp, run, whole))
+    config = replaced(whole, "run", out=str(tmp_path / "again"))
+    assert ranks.run(tp * pp, run, config, 3, "interrupt") == [[3, True, None]] * (tp * pp)
+    assert all(result[:2] == [6, False] for result in ranks.run(tp * pp, run, replaced(config, "run", resume=True)))
+    assert metrics_of(config) == metrics_of(whole)
+    assert weights_of(config, 6) == weights_of(whole, 6)
+    assert len(weights_of(config, 6)) == tp * pp
+
+
+def test_a_pipeline_takes_the_steps_of_one_process(ranks, tmp_path):
+    """Losses, gradient norms and counts of the whole run, and what is held out, which is no multiple of the micro-batches."""
+    alone = piped(config_for(tmp_path, 1), 1, 1, "auto")
+    run(alone)
+    for pp, chunks, kind in ((2, 2, "interleaved_1f1b"), (4, 1, "gpipe")):
+        config = replaced(piped(alone, pp, chunks, kind), "run", out=str(tmp_path / kind))
+        ranks.run(pp, run, config)
+        for ours, theirs in zip(metrics_of(config), metrics_of(alone), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"pp": 2, "chunks": 3}, "needs at least 6 layers, the model has 4"),
+        ({"pp": 2, "chunks": 2, "schedule": "1f1b"}, "1f1b has one chunk"),
+        ({"pp": 2, "split": "1,2"}, "add up to the model's 4 layers"),
+        ({"pp": 1, "chunks": 2}, "chunks=2 needs pp of 2 or more"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused_before_anything_starts(tmp_path, values, told):
+    config = replaced(piped(config_for(tmp_path, 1), 1, 1, "auto"), "parallel", **values)
+    with pytest.raises(ValueError, match=told):
+        loop.check_layout(config, config.parallel.pp)
 
 
 def test_metrics_hold_each_step_once_and_each_evaluation(whole_runs):
