@@ -8,17 +8,21 @@ from megapar.mesh import Axis, ParallelMesh
 from megapar.optim.adamw import FusedAdamW
 from megapar.optim.grad_norm import clip_grad_norm_
 from megapar.params import initialize
+from megapar.pipeline.kinds import make_schedule
+from megapar.pipeline.runtime import PipelineRunner
 
 __all__ = [
     "Axis",
     "ColumnParallelLinear",
     "FusedAdamW",
     "ParallelMesh",
+    "PipelineRunner",
     "RowParallelLinear",
     "Shards",
     "VocabParallelEmbedding",
     "clip_grad_norm_",
     "initialize",
+    "make_schedule",
     "parallelize",
     "vocab_parallel_cross_entropy",
 ]
