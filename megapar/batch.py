@@ -19,7 +19,8 @@ class TokenBatch:
     tokens: int64 [t], the ids.
     position_ids: int64 [t], the position that RoPE and learned embeddings read.
     segment_ids: int64 [t] or None; a token attends only within its own segment (packed documents).
-    prefix_len: int64 [b] or None; the first prefix_len tokens of a sequence attend to each other in both directions.
+    prefix_len: int64 [b] or None; the first prefix_len tokens of a sequence attend to each other in both directions. Or [t], where packed
+        documents have prefixes: for each token, the index in its sequence at which its document's prefix ends.
     targets: int64 [t] or None; what the loss asks for at each token.
     """
 
@@ -39,8 +40,9 @@ class TokenBatch:
             ids: Tensor | None = getattr(self, name)
             if ids is not None and ids.shape != (self.t,):
                 raise ValueError(f"{name} have shape {tuple(ids.shape)} and must be [b * s] = [{self.t}]: flatten them b-major")
-        if self.prefix_len is not None and self.prefix_len.shape != (self.b,):
-            raise ValueError(f"prefix_len has shape {tuple(self.prefix_len.shape)} and must be [{self.b}]: give one length a sequence")
+        if self.prefix_len is not None and self.prefix_len.shape not in ((self.b,), (self.t,)):
+            shape = tuple(self.prefix_len.shape)
+            raise ValueError(f"prefix_len has shape {shape} and must be [{self.b}] or [{self.t}]: give one length a sequence or a token")
 
     @staticmethod
     def of(tokens: Tensor, targets: Tensor | None = None) -> TokenBatch:
@@ -80,7 +82,7 @@ class TokenBatch:
         index = torch.arange(self.s, device=self.tokens.device)
         allowed = (index[:, None] >= index[None, :]).expand(self.b, self.s, self.s)
         if self.prefix_len is not None:
-            in_prefix = index[None, :] < self.prefix_len[:, None]
+            in_prefix = index < self.prefix_len.view(self.b, -1)
             allowed = allowed | (in_prefix[:, :, None] & in_prefix[:, None, :])
         if self.segment_ids is not None:
             segment = self.segment_ids.view(self.b, self.s)

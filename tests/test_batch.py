@@ -26,7 +26,7 @@ def test_of():
         (lambda: batch_of(tokens=torch.zeros(2, 3, dtype=torch.int64)), r"tokens have shape \(2, 3\) and must be \[b \* s\] = \[6\]"),
         (lambda: batch_of(position_ids=torch.zeros(3, dtype=torch.int64)), r"position_ids have shape \(3,\)"),
         (lambda: batch_of(segment_ids=torch.zeros(2, 3, dtype=torch.int64)), r"segment_ids have shape \(2, 3\)"),
-        (lambda: batch_of(prefix_len=torch.zeros(6, dtype=torch.int64)), r"prefix_len has shape \(6,\) and must be \[2\]"),
+        (lambda: batch_of(prefix_len=torch.zeros(3, dtype=torch.int64)), r"prefix_len has shape \(3,\) and must be \[2\] or \[6\]"),
     ],
 )
 def test_refusals(make, told):
@@ -43,15 +43,19 @@ def may_attend(batch: TokenBatch, b: int, i: int, j: int) -> bool:
     """The rule, for query i and key j of sequence b."""
     if batch.segment_ids is not None and batch.segment_ids[b * batch.s + i] != batch.segment_ids[b * batch.s + j]:
         return False
-    both_in_prefix = batch.prefix_len is not None and i < batch.prefix_len[b] and j < batch.prefix_len[b]
-    return j <= i or bool(both_in_prefix)
+    if batch.prefix_len is None:
+        return j <= i
+    ends = batch.prefix_len.tolist()
+    end_i, end_j = (ends[b], ends[b]) if len(ends) == batch.b else (ends[b * batch.s + i], ends[b * batch.s + j])
+    return j <= i or (i < end_i and j < end_j)
 
 
 @settings(deadline=None)
-@given(st.data(), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.booleans())
+@given(st.data(), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.sampled_from(["none", "a sequence", "a token"]))
 def test_mask(data, b, s, segmented, prefixed):
     segment_ids = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=b * s, max_size=b * s))) if segmented else None
-    prefix_len = torch.tensor(data.draw(st.lists(st.integers(0, s), min_size=b, max_size=b))) if prefixed else None
+    prefixes = {"none": 0, "a sequence": b, "a token": b * s}[prefixed]
+    prefix_len = torch.tensor(data.draw(st.lists(st.integers(0, s), min_size=prefixes, max_size=prefixes))) if prefixes else None
     ids = torch.zeros(b * s, dtype=torch.int64)
     batch = TokenBatch(b, s, ids, ids, segment_ids, prefix_len)
     assert batch.is_causal is (segment_ids is None and prefix_len is None)
