@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from megapar import ParallelMesh
@@ -14,9 +15,11 @@ from megapar.models.config import DecoderConfig
 from megapar.models.decoder import Decoder, DecoderStage
 from megapar.pipeline.kinds import KINDS, make_schedule
 from megapar.pipeline.runtime import PipelineRunner
+from megapar.pipeline.schedule import COMPUTE, Schedule
 from tests.covering import Case, covering_array, missing
 from tests.parity import gradients, logical
 from tests.pipeline.decoders import VOCABULARY, Chunk, loss_of, micro_batches, stages_of
+from tests.pipeline.test_schedule import torchs
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": KINDS,
@@ -116,6 +119,51 @@ def compare(case: Case, told: list[tuple[float | None, dict[tuple[str, tuple[int
             assert error <= bound, f"{case}: {name}: error {error:.2e} above {bound:.2e}"
             seen[name][place] = True
     assert all(s.all() for s in seen.values()) and sum(loss is not None for loss, _ in told) == case["tp"]
+
+
+def accumulated(kind: str, chunks: int, tied: bool) -> None:
+    """Two steps of 3 micro-batches are, to the last bit, the GPipe step of all 6."""
+    mesh = ParallelMesh(pp=2)
+    stages = stages_of(config_of(2 * chunks, tied, False, 2), mesh, chunks)
+    main_grads = MainGrads(p for stage in stages for p in stage.parameters())
+    modules, data, told = [Chunk(stage) for stage in stages], micro_batches(6, varying=True), []
+    for name, steps in ((kind, (data[:3], data[3:])), ("gpipe", (data,))):
+        main_grads.zero()
+        runner = PipelineRunner(modules, mesh, make_schedule(name, 2, chunks, len(steps[0])))
+        for step in steps:
+            runner.step(step, loss_of(stages[-1]))
+        main_grads.finish()
+        told.append([p.main_grad.clone() for p in main_grads.params])
+    assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
+
+
+@pytest.mark.parametrize("kind,chunks,tied", [("1f1b", 1, True), ("interleaved_1f1b", 2, False), ("zero_bubble", 2, True)])
+def test_accumulation_over_steps(ranks, kind, chunks, tied):
+    ranks.run(2, accumulated, kind, chunks, tied)
+
+
+def train_file(path: str, config: DecoderConfig, m: int) -> tuple[float | None, dict[tuple[str, tuple[int, ...]], np.ndarray]]:
+    """As `train`, by the schedule of a file and the stages that it places here."""
+    schedule = Schedule.load(path).only(COMPUTE)
+    mesh = ParallelMesh(pp=len(schedule.ranks))
+    places = [stage for stage, rank in enumerate(schedule.stage_to_rank) if rank == mesh.pp.rank]
+    stages = [DecoderStage(config, VOCABULARY, mesh, layers=(place, place + 1)) for place in places]
+    main_grads = MainGrads(p for stage in stages for p in stage.parameters())
+    last = next((stage for stage in stages if stage.is_last), stages[0])
+    runner = PipelineRunner([Chunk(stage) for stage in stages], mesh, schedule)
+    totals = runner.step(micro_batches(m), loss_of(last))
+    main_grads.finish()
+    boxes = {key: g.numpy() for stage in stages for key, g in logical(stage, lambda p: p.main_grad).items()}
+    main_grads.detach()
+    return float(totals.loss) if runner.is_last else None, boxes
+
+
+@pytest.mark.parametrize("name", ["Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_torchs_own_schedules(ranks, tmp_path, name):
+    """Files that torch writes run here, the V placements too, in which a stage hands over to the next one on its own rank."""
+    torchs("Schedule" + name, 4, 2, 8)._dump_csv(tmp_path / "schedule.csv", format="compute_only")
+    case = {"pp": 4, "chunks": 2, "m": 8, "tp": 1, "tied": False, "uneven": False, "varying": False, "gpt": False, "kv_heads": 2}
+    compare(case, ranks.run(4, train_file, str(tmp_path / "schedule.csv"), config_for(case), 8))
 
 
 def test_every_combination_is_there():
