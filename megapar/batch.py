@@ -53,6 +53,15 @@ class TokenBatch:
         positions = torch.arange(s, device=tokens.device).repeat(b)
         return TokenBatch(b, s, tokens.reshape(-1), positions, targets=None if targets is None else targets.reshape(-1))
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on a device."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        tokens, positions = self.tokens.to(device), self.position_ids.to(device)
+        return TokenBatch(self.b, self.s, tokens, positions, moved(self.segment_ids), moved(self.prefix_len), moved(self.targets))
+
     @property
     def t(self) -> int:
         """Number of tokens."""

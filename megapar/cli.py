@@ -16,6 +16,7 @@ from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.zero_bubble import split_backward
 from megapar.planning.schedule import parse_costs, plan_schedule
 from megapar.training.config import load_config
+from megapar.training.examples import Examples
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
 from megapar.training.loop import check_layout, make_mesh, train
 from megapar.training.report import report
@@ -96,7 +97,9 @@ def _train(arguments: list[str]) -> int:
         check_layout(config, ranks)
         if ranks > 1:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.
-            load_text(config.data, config.run.seed).tokenizer.encode(config.run.prompt)
+            text = load_text(config.data)
+            text.tokenizer.encode(config.run.prompt)
+            Examples(text, config)
             return launch(["train", *rest], ranks)
     mesh = make_mesh(config)
     trained = train(config, mesh)

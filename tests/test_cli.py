@@ -99,7 +99,7 @@ def test_doctor(capsys):
         ("train c.toml --corpus none.txt --tp 2 --nproc 2", "corpus none.txt does not exist"),
         ("train c.toml --corpus none.txt", "corpus none.txt does not exist"),
         ("train c.toml --corpus empty.txt --tp 2 --nproc 2", "corpus empty.txt has no text"),
-        ("train c.toml --corpus short.txt --tp 2 --nproc 2", "one sample needs 17"),
+        ("train c.toml --corpus short.txt --tp 2 --nproc 2", "leaves 1 held-out tokens of 2 needed"),
         ("train c.toml --corpus latin.txt --tp 2 --nproc 2", "byte 0xe9 at offset 3"),
         ("train c.toml --corpus nothing --tp 2 --nproc 2", "has no text file"),
         ("train c.toml --tokenizer none.json --tp 2 --nproc 2", "tokenizer none.json is not a file"),
@@ -107,7 +107,7 @@ def test_doctor(capsys):
         ("train c.toml --tokenizer characters --run.prompt ? --tp 2 --nproc 2", "'?' (U+003F)"),
         ("train c.toml --out c.txt/out", "run.out=c.txt/out cannot hold the metrics"),
         ("train c.toml --resume --out new", "new/checkpoints holds no checkpoint to resume from"),
-        ("verify --tp 1", "--tp 1 leaves nothing to compare"),
+        ("verify --tp 1", "--tp 1 --pp 1 leaves nothing to compare"),
     ],
 )
 def test_refusals_are_one_sentence_and_status_2(folder, capsys, monkeypatch, arguments, told):

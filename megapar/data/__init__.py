@@ -2,7 +2,7 @@
 
 from megapar.data.baselines import bigram_loss, unigram_loss
 from megapar.data.corpus import Corpus, load_corpus
-from megapar.data.sampler import Sampler, held_out_windows, split_held_out
+from megapar.data.sampler import Sampler, split_held_out
 from megapar.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, tokenize
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Sampler",
     "Tokenizer",
     "bigram_loss",
-    "held_out_windows",
     "load_corpus",
     "load_tokenizer",
     "read_tokenizer",

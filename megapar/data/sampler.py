@@ -1,11 +1,9 @@
-"""The data order, a pure function of the seed and the sample number, and the held-out windows."""
+"""The data order, a pure function of the seed and the sample number."""
 
 import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
-
-IGNORED_TARGET = -100
 
 
 class Sampler:
@@ -69,27 +67,6 @@ def split_held_out(tokens: NDArray[np.integer], fraction: float) -> tuple[NDArra
         raise ValueError(f"held-out fraction is {fraction}, it must be above 0 and below 1: use for example 0.05")
     boundary = int(len(tokens) * (1 - fraction))
     return tokens[:boundary], tokens[boundary:]
-
-
-def held_out_windows(tokens: NDArray[np.integer], sequence_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (inputs, targets), both int64 `[windows, s]`, that hold every target tokens[1:] exactly once.
-
-    The last window's padding is 0 in the inputs and -100 in the targets. Raises ValueError if s < 1 or there
-    are fewer than 2 tokens.
-    """
-    _check_sequence_length(sequence_length)
-    if len(tokens) < 2:
-        raise ValueError(
-            f"held-out text has {len(tokens)} tokens, one target needs 2: give more text or hold out a larger fraction"
-        )
-    num_targets = len(tokens) - 1
-    num_windows = -(-num_targets // sequence_length)
-    inputs = np.zeros(num_windows * sequence_length, dtype=np.int64)
-    targets = np.full(num_windows * sequence_length, IGNORED_TARGET, dtype=np.int64)
-    inputs[:num_targets] = tokens[:-1]
-    targets[:num_targets] = tokens[1:]
-    shape = (num_windows, sequence_length)
-    return inputs.reshape(shape), targets.reshape(shape)
 
 
 def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:

@@ -129,8 +129,8 @@ def _joined(samples: Sequence[Sample]) -> Sample:
     )
 
 
-def collate(samples: Sequence[Sample], length: int) -> tuple[TokenBatch, Tensor]:
-    """(batch, targets int64 [b, s]) of samples of at most `length` = s tokens, padded at the end by tokens that nothing attends to.
+def collate(samples: Sequence[Sample], length: int) -> TokenBatch:
+    """The batch, with targets, of samples of at most `length` = s tokens, padded at the end by tokens that nothing attends to.
 
     Plain causal samples make a causal batch: what the batch does not need to say of its mask, it does not say. Raises ValueError for no
     samples and for one that is too long.
@@ -148,12 +148,12 @@ def collate(samples: Sequence[Sample], length: int) -> tuple[TokenBatch, Tensor]
     # Padding is a segment of its own; being last, it is hidden from causal samples without one.
     segmented = any(sample.segment_ids.any() for sample in samples)
     prefixed = any((sample.prefix_end > np.arange(len(sample.tokens))).any() for sample in samples)
-    batch = TokenBatch(
+    return TokenBatch(
         len(samples),
         length,
         stacked("tokens", 0).flatten(),
         stacked("position_ids", 0).flatten(),
         stacked("segment_ids", -1).flatten() if segmented else None,
         stacked("prefix_end", 0).flatten() if prefixed else None,
+        stacked("targets", IGNORED).flatten(),
     )
-    return batch, stacked("targets", IGNORED)

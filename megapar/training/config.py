@@ -40,6 +40,42 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what."""
+
+    kind: Annotated[Literal["causal_lm", "prefix_lm", "fim", "denoising", "ul2"], tyro.conf.arg(aliases=["--objective"])] = "causal_lm"
+    """Next token; prefix read in both directions; fill in the middle; corrupted text restored; UL2's mixture of denoisers."""
+    reset_position_ids: bool = False
+    """causal_lm: positions start anew at each document."""
+    reset_attention_mask: bool = False
+    """causal_lm: a document attends to itself alone."""
+    eod_mask_loss: bool = False
+    """causal_lm: a document's end does not predict the next one's start."""
+    target_ratio: float | None = None
+    """prefix_lm: the share that is predicted; none: cut at a uniform point."""
+    fim_rate: float = 0.5
+    """fim: the share of documents whose middle is moved to their end."""
+    spm_rate: float = 0.5
+    """fim: the share of those in suffix-prefix-middle order."""
+    fim_level: Literal["character", "token"] = "character"
+    """fim: where a document may be cut."""
+    style: Literal["sentinel", "infill", "mask", "replace", "delete"] = "sentinel"
+    """denoising: what becomes of the noise."""
+    noise_ratio: float = 0.15
+    """denoising: the share of tokens that are noise."""
+    mean_span: float = 3.0
+    """denoising: mean length of a span of noise."""
+    span_lengths: Literal["composition", "poisson"] = "composition"
+    """denoising: how lengths are drawn: T5's way, or BART's."""
+    denoisers: Literal["ul2", "ul2r"] = "ul2"
+    """ul2: the seven of the paper, or UL2R's."""
+    s_mode: Literal["uniform", "quarter"] = "uniform"
+    """ul2: where S cuts its prefix: as the published code, or as the paper's table."""
+    sentinels: int = 100
+    """denoising, ul2: special tokens that stand for spans."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, its schedule and clipping."""
 
@@ -115,6 +151,7 @@ class Config:
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)

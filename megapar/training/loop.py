@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megapar.batch import TokenBatch
 from megapar.collectives import check_same, raise_together
 from megapar.failures import named_failures
 from megapar.layers.attention import split_heads
@@ -26,10 +26,11 @@ from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.simulate import Timeline
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from megapar.training.config import Config, micro_batch_size, to_dict
+from megapar.training.examples import Examples
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import MetricsFile, RunProgress
 from megapar.training.step import TrainStep
-from megapar.training.text import Text, load_text_together
+from megapar.training.text import load_text_together
 
 # What may differ between a run and the one that it resumes.
 FREE_TO_CHANGE = {"run": {"resume", "out", "eval_every", "save_every", "sample_tokens", "prompt"}, "parallel": {"timeout"}}
@@ -40,7 +41,7 @@ class Trained:
     """Where a run ended. `timeline`: of its last step, on rank 0; None without a pipeline."""
 
     model: PipelinedDecoder
-    text: Text
+    examples: Examples
     step: int
     interrupted: bool
     held_out_loss: float | None
@@ -58,12 +59,12 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
     with named_failures(mesh):
         for name, value in _flat(to_dict(config)).items():
             check_same(value, mesh.world, name)
-        text = load_text_together(config.data, config.run.seed, mesh)
+        text = load_text_together(config.data, mesh)
         text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
-        vocab_size = text.tokenizer.vocab_size
+        examples = Examples(text, config)
         model = PipelinedDecoder(
             config.model,
-            vocab_size,
+            examples.vocab_size,
             mesh,
             schedule=schedule_of(config),
             split=config.parallel.split,
@@ -72,7 +73,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             seed=config.run.seed,
         )
         step = TrainStep(model, config.optimizer, mesh)
-        run = _Run(config, mesh, text, model, step)
+        run = _Run(config, mesh, examples, model, step)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
     # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
     with _interrupts() as interrupted, named_failures(mesh):
@@ -103,24 +104,24 @@ def schedule_of(config: Config) -> Schedule:
     return make_schedule(kind, parallel.pp, parallel.chunks, run.batch_size // micro_batch_size(run))
 
 
-def evaluate(step: TrainStep, text: Text, batch: int) -> float:
-    """Mean loss over every held-out target, nats a token; `batch` samples in a micro-batch."""
-    inputs, targets = text.held_out_samples()
-    device, total, count = step.mesh.device, 0.0, 0
+def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple[float, int]]:
+    """(sum of the losses in nats, how many) over every held-out target, by objective; `count` samples in a micro-batch."""
+    found: dict[str, tuple[float, int]] = {}
     together = step.model.runner.schedule.microbatches
-    for first in range(0, len(inputs), batch * together):
-        starts = range(first, min(first + batch * together, len(inputs)), batch)
-        batches = [TokenBatch.of(inputs[i : i + batch].to(device), targets[i : i + batch].to(device)) for i in starts]
-        loss, counted = step.evaluate(batches)
-        total, count = total + loss, count + counted
-    return total / count
+    for name, batches in groupby(examples.held_out(count), key=lambda named: named[0]):
+        waiting = iter([batch.to(step.mesh.device) for _, batch in batches])
+        while some := list(islice(waiting, together)):
+            (total, counted), (loss, more) = found.get(name, (0.0, 0)), step.evaluate(some)
+            found[name] = (total + loss, counted + more)
+    return found
 
 
 class _Run:
     """The state of `train`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, text: Text, model: PipelinedDecoder, step: TrainStep) -> None:
-        self.config, self.mesh, self.text, self.model, self.train_step = config, mesh, text, model, step
+    def __init__(self, config: Config, mesh: ParallelMesh, examples: Examples, model: PipelinedDecoder, step: TrainStep) -> None:
+        self.config, self.mesh, self.examples, self.model, self.train_step = config, mesh, examples, model, step
+        self.text = examples.text
         self.out = Path(config.run.out)
         self.first = self._resume() if config.run.resume else 0
         self.metrics: MetricsFile | None = None
@@ -164,14 +165,13 @@ class _Run:
                 self.metrics.close()
                 self.progress.close()
         timeline = self.model.runner.timeline() if self.mesh.pp.size > 1 else None
-        return Trained(self.model, self.text, done, stopped, loss, self.out, timeline)
+        return Trained(self.model, self.examples, done, stopped, loss, self.out, timeline)
 
     def _step(self, done: int, interrupted: list[bool]) -> bool:
         """Trains step `done` (1 to steps); whether any rank was interrupted."""
         run, start, device = self.config.run, time.perf_counter(), self.mesh.device
         first, size = (done - 1) * run.batch_size, micro_batch_size(run)
-        samples = [self.text.samples(i, size) for i in range(first, first + run.batch_size, size)]
-        self.train_step.accumulate([TokenBatch.of(inputs.to(device), targets.to(device)) for inputs, targets in samples])
+        self.train_step.accumulate([self.examples.batch(i, size).to(device) for i in range(first, first + run.batch_size, size)])
         rate = self.config.optimizer
         lr = learning_rate(done - 1, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
         result = self.train_step.update(lr, bool(interrupted))
@@ -188,10 +188,13 @@ class _Run:
         return done > 0 and every > 0 and done % every == 0
 
     def _evaluate(self, done: int) -> float:
-        loss = evaluate(self.train_step, self.text, micro_batch_size(self.config.run))
+        found = evaluate(self.train_step, self.examples, micro_batch_size(self.config.run))
+        loss = sum(total for total, _ in found.values()) / sum(count for _, count in found.values())
         if self.metrics is not None and self.progress is not None:
-            self.metrics.log({"step": done, "held_out_loss": loss})
-            self.progress.say(f"step {done}  held-out loss {loss:.4f} nats a token")
+            each = {name: total / count for name, (total, count) in found.items()} if len(found) > 1 else {}
+            self.metrics.log({"step": done, "held_out_loss": loss} | ({"held_out": each} if each else {}))
+            told = ", ".join(f"{name} {value:.4f}" for name, value in each.items())
+            self.progress.say(f"step {done}  held-out loss {loss:.4f} nats a token" + (f" ({told})" if told else ""))
         return loss
 
     def save(self, done: int) -> None:

@@ -17,6 +17,7 @@ from megapar.pipeline.simulate import measured_costs, simulate
 from megapar.pipeline.timeline import draw, write_trace
 from megapar.training.checkpoint import save_checkpoint
 from megapar.training.config import Config, to_dict
+from megapar.training.examples import Examples
 from megapar.training.loop import Trained
 from megapar.training.metrics import read_metrics
 
@@ -30,23 +31,21 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
         saved = "its checkpoint is saved, --resume goes on from it" if run.save_every else "no checkpoint was asked for (--save-every)"
         return f"stopped at step {trained.step} of {run.steps}; metrics are in {out / 'metrics.jsonl'}; {saved}"
     model = _save_model(trained, config, mesh)
-    text = trained.text
+    text = trained.examples.text
     prompt = torch.tensor([text.tokenizer.encode(run.prompt) or [text.tokenizer.end_of_text]], device=mesh.device)
     tokens = generate(trained.model, prompt, run.sample_tokens, top_p=0.9, window=config.data.sequence_length, seed=run.seed)
     sample = text.tokenizer.decode(tokens[0].tolist())
     if mesh.world.rank != 0:
         return ""
-    size = text.tokenizer.vocab_size
-    baselines = {"unigram": unigram_loss(text.train, text.held_out, size), "bigram": bigram_loss(text.train, text.held_out, size)}
+    baselines = _baselines(trained.examples)
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     plot_loss(out / "metrics.jsonl", out / "loss.png", baselines)
     summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step}
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     lines = [
         "",
-        f"held-out loss {trained.held_out_loss:.4f} nats a token over {len(text.held_out) - 1:,} tokens",
-        f"   unigram    {baselines['unigram']:.4f} on the same tokens",
-        f"   bigram     {baselines['bigram']:.4f}",
+        f"held-out loss {trained.held_out_loss:.4f} nats a token over a text of {len(text.held_out) - 1:,} tokens",
+        *(f"   {name:<10} {value:.4f}" for name, value in baselines.items()),
         "",
         "sample:",
         *("   " + line for line in sample.splitlines()),
@@ -68,8 +67,16 @@ def _save_model(trained: Trained, config: Config, mesh: ParallelMesh) -> Path:
     weights = {"weight": {p: p for p in trained.model.grads.params}}
     save_checkpoint(folder, trained.model.stages, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
     if mesh.world.rank == 0:
-        trained.text.tokenizer.save(folder / "tokenizer.json")
+        trained.examples.text.tokenizer.save(folder / "tokenizer.json")
     return folder
+
+
+def _baselines(examples: Examples) -> Baselines:
+    """Losses of counting models: of the held-out text, or, for objectives that predict something else, of their own targets."""
+    if examples.kind in ("denoising", "ul2"):
+        return {"unigram of the targets": examples.unigram_loss()}
+    text, size = examples.text, examples.text.tokenizer.vocab_size
+    return {"unigram": unigram_loss(text.train, text.held_out, size), "bigram": bigram_loss(text.train, text.held_out, size)}
 
 
 def _timeline_lines(trained: Trained) -> list[str]:

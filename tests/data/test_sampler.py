@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapar.data.sampler import Sampler, held_out_windows, split_held_out
+from megapar.data.sampler import Sampler, split_held_out
 
 lengths = st.integers(1, 7)
 
@@ -91,31 +91,12 @@ def test_exactly_one_sample_is_enough_and_one_token_less_is_refused() -> None:
 def test_sequence_length_below_one_is_refused(sequence_length: int) -> None:
     with pytest.raises(ValueError, match=rf"sequence_length is {sequence_length}, .*at least 1: raise it"):
         Sampler(tokens_of(9), sequence_length, 0)
-    with pytest.raises(ValueError, match=rf"sequence_length is {sequence_length}, .*at least 1: raise it"):
-        held_out_windows(tokens_of(9), sequence_length)
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, 0)])
 def test_bad_batch_is_refused(first: int, count: int) -> None:
     with pytest.raises(ValueError, match=rf"sample {first} and has {count}, .*correct first and count"):
         Sampler(tokens_of(9), 2, 0).batch(first, count)
-
-
-@given(tokens=st.lists(st.integers(0, 99), min_size=2, max_size=40), sequence_length=lengths)
-def test_held_out_windows_hold_every_target_once(tokens: list[int], sequence_length: int) -> None:
-    inputs, targets = held_out_windows(np.array(tokens, dtype=np.int32), sequence_length)
-    assert inputs.dtype == targets.dtype == np.int64
-    assert inputs.shape == targets.shape == (-(-(len(tokens) - 1) // sequence_length), sequence_length)
-    real = targets != -100
-    assert inputs[real].tolist() == tokens[:-1]
-    assert targets[real].tolist() == tokens[1:]
-    assert real.ravel()[: len(tokens) - 1].all() and (inputs[~real] == 0).all()
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1])
-def test_held_out_text_without_a_target_is_refused(num_tokens: int) -> None:
-    with pytest.raises(ValueError, match=rf"held-out text has {num_tokens} tokens, .*larger fraction"):
-        held_out_windows(tokens_of(num_tokens), 4)
 
 
 @given(num_tokens=st.integers(1, 500), fraction=st.floats(0.01, 0.99))

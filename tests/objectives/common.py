@@ -53,7 +53,7 @@ def rejoined(inputs: list[int], targets: list[int]) -> list[int]:
             current.append(token)
     found = [token for token in inputs if token in SENTINELS]
     assert found == list(spans) == list(SENTINELS[: len(found)]), "in order, the same on both sides"
-    return [token for part in ([t] if t not in spans else spans[t] for t in inputs) for token in part]
+    return [token for part in (spans.get(t, [t]) for t in inputs) for token in part]
 
 
 COMMON = {"sequence_length": 24, "vocab_size": VOCAB}

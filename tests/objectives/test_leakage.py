@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megapar import ParallelMesh
 from megapar.batch import TokenBatch
-from megapar.layers.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder
+from megapar.objectives.causal_lm import token_loss
 from megapar.objectives.randomness import Generator
 from megapar.objectives.sample import IGNORED, Sample, collate, pack
 from tests.objectives.common import END, MODEL_VOCAB, OBJECTIVES, text
@@ -45,7 +45,7 @@ def check_leaks(packed: bool, tp: int) -> None:
     model = Decoder(CONFIG, MODEL_VOCAB, ParallelMesh(tp=tp), seed=2)
     for name in OBJECTIVES:
         samples = samples_of(name, packed)
-        batch, _ = collate(samples, max(len(sample.tokens) for sample in samples) + 2)
+        batch = collate(samples, max(len(sample.tokens) for sample in samples) + 2)
         before, looked_ahead = logits_of(model, batch), False
         for j in range(batch.t):
             row, at = divmod(j, batch.s)
@@ -75,11 +75,10 @@ def loss_and_gradients(model: Decoder, samples: list[Sample]) -> tuple[float, in
     model.zero_grad()
     total, count = 0.0, 0
     for sample in samples:
-        batch, targets = collate([sample], len(sample.tokens) + 1)
-        options = {"tp": model.tp, "ignore_index": IGNORED, "vocab_size": model.vocab_size}
-        loss = vocab_parallel_linear_cross_entropy(model.hidden(batch), model.head.weight, targets, **options)
+        batch = collate([sample], len(sample.tokens) + 1)
+        loss, counted = token_loss(model, model.hidden(batch), batch)
         loss.backward()
-        total, count = total + float(loss.detach()), count + int((targets != IGNORED).sum())
+        total, count = total + float(loss.detach()), count + counted
     return total, count, [param.grad.clone() for param in model.parameters()]
 
 

@@ -12,6 +12,7 @@ from megapar.models.config import DecoderConfig
 from megapar.training.config import (
     Config,
     DataConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -38,13 +39,14 @@ def refused(values: dict[str, Any]) -> str:
 
 @given(
     st.builds(DataConfig, st.text(), st.none() | st.integers(), sequence_length=st.integers(1, 9)),
+    st.builds(ObjectiveConfig, st.sampled_from(["causal_lm", "ul2"]), target_ratio=st.none() | st.floats(0, 1)),
     st.builds(OptimizerConfig, betas=st.tuples(st.floats(0, 1), st.floats(0, 1)), max_norm=st.none() | st.floats(0.1, 9)),
     st.builds(ParallelConfig, st.integers(1, 9), device=st.sampled_from(["auto", "cpu", "cuda"])),
     st.builds(RunConfig, resume=st.booleans(), prompt=st.text()),
     st.builds(DecoderConfig, heads=st.sampled_from([4, 8]), kv_heads=st.sampled_from([None, 2, 4])),
 )
-def test_dict_round_trip(data, optimizer, parallel, run, model):
-    config = Config(model, data, optimizer, parallel, run)
+def test_dict_round_trip(data, objective, optimizer, parallel, run, model):
+    config = Config(model, data, objective, optimizer, parallel, run)
     assert from_dict(Config, to_dict(config)) == config
 
 

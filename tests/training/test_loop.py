@@ -19,7 +19,8 @@ from megapar.models.pipelined import PipelinedDecoder
 from megapar.pipeline.kinds import make_schedule
 from megapar.training import loop
 from megapar.training.checkpoint import newest_checkpoint
-from megapar.training.config import Config, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megapar.training.examples import Examples
 from megapar.training.loop import evaluate, train
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import read_metrics
@@ -40,6 +41,7 @@ def config_for(folder: Path, tp: int) -> Config:
     return Config(
         DecoderConfig(hidden_size=16, layers=1, heads=4, kv_heads=2, ffn_size=23),
         DataConfig(corpus(folder), tokenizer="bytes", sequence_length=12),
+        ObjectiveConfig(),
         OptimizerConfig(warmup=0.3),
         ParallelConfig(tp, device="cpu", sequence_parallel=tp == 3),
         RunConfig(steps=6, batch_size=4, micro_batch_size=2, out=str(folder / "out"), save_every=2, eval_every=3),
@@ -258,7 +260,7 @@ def test_configs_that_differ_between_ranks_are_refused_on_all(ranks, whole_runs,
 
 def test_evaluation_covers_each_held_out_target_once(whole_runs):
     config = whole_runs[1]
-    text = load_text(config.data, 0)
+    text = load_text(config.data)
     mesh = ParallelMesh.alone()
     model = Decoder(config.model, text.tokenizer.vocab_size, mesh, seed=1)
     pipelined = PipelinedDecoder(config.model, text.tokenizer.vocab_size, mesh, seed=1, schedule=make_schedule(None, 1, 1, 2))
@@ -272,15 +274,15 @@ def test_evaluation_covers_each_held_out_target_once(whole_runs):
     assert len(losses) == len(text.held_out) - 1
     assert len(losses) % s, "else no window is padded"
     for batch in (1, 3, 100):
-        assert evaluate(step, text, batch) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+        found = evaluate(step, Examples(text, config), batch)
+        assert found == {"causal_lm": (pytest.approx(sum(losses), rel=1e-6), len(losses))}
 
 
 def test_a_training_step_sees_the_samples_of_its_number(whole_runs):
-    text = load_text(whole_runs[1].data, 0)
-    inputs, targets = text.samples(8, 4)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    whole = torch.cat([text.samples(8 + i, 1)[0] for i in range(4)])
-    assert torch.equal(inputs, whole)
+    examples = Examples(load_text(whole_runs[1].data), whole_runs[1])
+    batch = examples.batch(8, 4)
+    assert torch.equal(batch.tokens.view(4, -1)[:, 1:], batch.targets.view(4, -1)[:, :-1])
+    assert torch.equal(batch.tokens, torch.cat([examples.batch(8 + i, 1).tokens for i in range(4)]))
 
 
 def test_no_step_is_taken_twice_by_a_newest_checkpoint_of_a_stopped_save(ranks, whole_runs, tmp_path):

@@ -1,0 +1,123 @@
+"""The run's micro-batches: windows of the corpus, made samples by the objective.
+
+Sample k of a run is a function of the seed and k: its window is the sampler's, its random numbers are Generator(seed, epoch, place in the
+epoch, objective). No rank, layout or resume changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megapar.batch import TokenBatch
+from megapar.data.sampler import Sampler
+from megapar.data.tokenizer import Tokenizer
+from megapar.objectives.causal_lm import CausalLM
+from megapar.objectives.denoising import Denoising
+from megapar.objectives.fim import FillInTheMiddle
+from megapar.objectives.prefix_lm import PrefixLM
+from megapar.objectives.randomness import Generator
+from megapar.objectives.sample import IGNORED, Ids, Objective, Sample, collate
+from megapar.objectives.spans import SpanNoise
+from megapar.objectives.ul2 import UL2, ul2_denoisers, ul2r_denoisers
+from megapar.training.config import Config, ObjectiveConfig
+from megapar.training.text import Text
+
+COUNTED = 2000
+"""Training samples whose targets the unigram baseline counts."""
+
+
+class Examples:
+    """What a run trains and is evaluated on. vocab_size: the tokenizer's ids and, after them, the objective's special tokens.
+
+    Raises ValueError for settings of the objective that cannot be met, and for a corpus that is short of one sample.
+    """
+
+    def __init__(self, text: Text, config: Config) -> None:
+        self.text, self.seed, self.sequence_length = text, config.run.seed, config.data.sequence_length
+        self.objective, self.vocab_size = make_objective(config.objective, self.sequence_length, text.tokenizer)
+        self.kind = config.objective.kind
+        self._sampler = Sampler(text.train, self.objective.tokens_needed - 1, self.seed)
+
+    def batch(self, first: int, count: int) -> TokenBatch:
+        """Samples first to first + count - 1 of the run, with their targets."""
+        return collate(self.samples(first, count), self.sequence_length)
+
+    def samples(self, first: int, count: int) -> list[Sample]:
+        """The same, one by one."""
+        windows, per_epoch = self._sampler.batch(first, count), self._sampler.samples_per_epoch
+        return [self._sample(window, *divmod(number, per_epoch)) for number, window in enumerate(windows, start=first)]
+
+    def held_out(self, count: int) -> Iterator[tuple[str, TokenBatch]]:
+        """Batches of at most `count` samples that cover the held-out text once, each of one objective, whose name is given."""
+        for name, samples in self.held_out_samples().items():
+            for first in range(0, len(samples), count):
+                yield name, collate(samples[first : first + count], self.sequence_length)
+
+    def held_out_samples(self) -> dict[str, list[Sample]]:
+        """The samples of the held-out text, by objective: a window's last token is the next one's first."""
+        tokens, stride = self.text.held_out, self.objective.tokens_needed - 1
+        found: dict[str, list[Sample]] = {}
+        for number, start in enumerate(range(0, len(tokens) - 1, stride)):
+            sample = self._sample(tokens[start : start + stride + 1], "held out", number)
+            found.setdefault(sample.objective, []).append(sample)
+        return {name: found[name] for name in sorted(found)}
+
+    def unigram_loss(self) -> float:
+        """Mean nats of the held-out targets under the add-one unigram of the first training samples' targets."""
+        counts = np.ones(self.vocab_size)
+        for sample in self.samples(0, min(COUNTED, self._sampler.samples_per_epoch)):
+            counts += np.bincount(_targets(sample), minlength=self.vocab_size)
+        held_out = np.concatenate([_targets(sample) for samples in self.held_out_samples().values() for sample in samples])
+        return float(-np.log(counts / counts.sum())[held_out].mean())
+
+    def _sample(self, window: Ids, *place: int | str) -> Sample:
+        return self.objective(window, Generator(self.seed, *place, self.kind))
+
+
+def _targets(sample: Sample) -> Ids:
+    return sample.targets[sample.targets != IGNORED]
+
+
+def make_objective(config: ObjectiveConfig, sequence_length: int, tokenizer: Tokenizer) -> tuple[Objective, int]:
+    """The objective, and the size of the vocabulary with its special tokens, which follow the tokenizer's ids."""
+    first, end = tokenizer.vocab_size, tokenizer.end_of_text
+    noise = SpanNoise(ratio=config.noise_ratio, mean_span=config.mean_span, lengths=config.span_lengths)
+    if config.kind == "causal_lm":
+        resets = {name: getattr(config, name) for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")}
+        return CausalLM(sequence_length=sequence_length, vocab_size=first, end_id=end, **resets), first
+    if config.kind == "prefix_lm":
+        return PrefixLM(sequence_length=sequence_length, vocab_size=first, target_ratio=config.target_ratio), first
+    if config.kind == "fim":
+        fim = FillInTheMiddle(
+            sequence_length=sequence_length,
+            vocab_size=first,
+            end_id=end,
+            prefix_id=first,
+            suffix_id=first + 1,
+            middle_id=first + 2,
+            rate=config.fim_rate,
+            spm_rate=config.spm_rate,
+            level=config.fim_level,
+            tokenizer=tokenizer,
+        )
+        return fim, first + 3
+    sentinels = range(first, first + config.sentinels)
+    if config.kind == "denoising":
+        denoising = Denoising(
+            sequence_length=sequence_length,
+            vocab_size=first,
+            end_id=end,
+            noise=noise,
+            style=config.style,
+            sentinels=sentinels,
+            mask_id=sentinels.stop,
+        )
+        return denoising, sentinels.stop + 1
+    modes = {mode: (sentinels.stop + place,) for place, mode in enumerate("RSX")}
+    denoisers = (ul2_denoisers if config.denoisers == "ul2" else ul2r_denoisers)(config.s_mode)
+    ul2 = UL2(
+        sequence_length=sequence_length, vocab_size=first, end_id=end, modes=modes, sentinels=sentinels, denoisers=denoisers
+    )
+    return ul2, sentinels.stop + len(modes)
