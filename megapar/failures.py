@@ -78,12 +78,18 @@ def missing_ranks(mesh: ParallelMesh, wait: timedelta = timedelta(seconds=5)) ->
 
 @contextmanager
 def named_failures(mesh: ParallelMesh) -> Iterator[None]:
-    """Turns the failure of a collective into the name of the rank that is gone, or what another rank said before it failed."""
+    """Turns the failure of a collective into the name of the rank that is gone, or what another rank said before it failed.
+
+    Nobody waits for this rank any more then: one that did not need the lost rank itself, but this one, would wait until its timeout
+    (tests/pipeline/test_failures.py::test_a_rank_fails).
+    """
     try:
         yield
     except RemoteError:
         raise
     except RuntimeError as error:
+        if isinstance(error, CommunicationError):
+            leave(mesh, error, "")
         told = told_failure(mesh)
         missing = missing_ranks(mesh) if told is None and mesh.world.size > 1 else []
         told = told or told_failure(mesh)  # a rank may have left word while this one asked who is missing

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.grads import Deferral
 from megapar.params import spec_of
-from megapar.pipeline.wire import Payload, takes_gradient
+from megapar.pipeline.wire import Payload, described, takes_gradient
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, "int | Tensor"]]
 """Called with the last stage's output and the micro-batch: the fp32 sum of its losses, 0-d, and how many were summed."""
@@ -138,10 +138,10 @@ class Stage:
 def check_loss(found: Any) -> tuple[Tensor, int | Tensor]:
     """What a loss function returned, if it is (fp32 scalar, count). Raises ValueError otherwise."""
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
-        raise ValueError(f"loss_fn returned a {type(found).__name__} and must return (sum of the losses, how many): return the two")
+        raise ValueError(f"loss_fn returned {described(found)} and must return (sum of the losses, how many): return the two")
     loss, count = found
     if loss.dim() != 0 or loss.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"loss_fn returned a loss of shape {tuple(loss.shape)}, {loss.dtype}, and must return an fp32 scalar: sum in fp32")
-    if not isinstance(count, (int, Tensor)) or (isinstance(count, Tensor) and count.dim() != 0):
+    if not isinstance(count, (int, Tensor)) or (isinstance(count, Tensor) and (count.dim() != 0 or takes_gradient(count.dtype))):
         raise ValueError(f"loss_fn returned the count {count!r} and must return a whole number: how many losses were summed")
     return loss, count

@@ -48,9 +48,17 @@ class Payload(NamedTuple):
         """Raises ValueError for anything else."""
         parts = value if isinstance(value, tuple) else (value,)
         if not 0 < len(parts) <= MOST_PARTS or not all(isinstance(part, Tensor) for part in parts):
-            kind = f"a tuple of {', '.join(type(part).__name__ for part in parts)}" if isinstance(value, tuple) else type(value).__name__
-            raise ValueError(f"{what} returned {kind or 'an empty tuple'}: return one tensor, or a tuple of 1 to {MOST_PARTS} tensors")
+            raise ValueError(f"{what} returned {described(value)}: return one tensor, or a tuple of 1 to {MOST_PARTS} tensors")
         return Payload(parts, isinstance(value, tuple))
+
+
+def described(value: Any) -> str:
+    """What it is, for error messages."""
+    if not isinstance(value, tuple):
+        return f"a {type(value).__name__}"
+    if len(value) > MOST_PARTS:
+        return f"a tuple of {len(value)}"
+    return f"a tuple of ({', '.join(type(part).__name__ for part in value)})"
 
 
 def takes_gradient(dtype: torch.dtype) -> bool:
