@@ -26,6 +26,8 @@ NAMES = (
     "linear_cross_entropy",
     "training_step",
     "tensor_parallel",
+    "pipeline",
+    "silent_errors",
     "gpu_static",
     "build_time",
     "convergence",

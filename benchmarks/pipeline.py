@@ -4,8 +4,9 @@
     python -m benchmarks.pipeline --sleeps     against the simulation alone
 
 gloo, fp32, one thread a rank. Asleep, every F, I and W takes the time that it is given, so ranks may be more than cores. The limit is the
-simulated makespan; the bar is 2 % above it. `host us / action`: CPU time of a step (all threads, without the millisecond at the end of
-each sleep that is waited for awake), for each action, sends and receives too.
+simulated makespan, without communication; the bar is 2 % above it. Twice, the second time with sleeps three times as long: what is above
+the limit is then seen to be the host's and the messages' time, which does not grow with them. `host us / action`: CPU time of a step (all
+threads, without the millisecond at the end of each sleep that is waited for awake), for each action, sends and receives too.
 
 The decoder is the same for all: plain PyTorch (benchmarks/plain_llama.py) under torch's schedules, eager and with each block compiled,
 scale_grads=False and the loss divided; megapar's layers under ours. Also megapar with MEGAPAR_BACKEND=reference, plain PyTorch instead of
@@ -14,7 +15,8 @@ the kernels: what the runtime alone is worth, beside eager torch in the same lau
 
 tokens/s     of the median step; of the slowest rank
 x ...        tokens/s over that of the contender named, median of the ratios taken within each repeat
-of limit     tokens/s over the limit: the slower of all ranks' CPU time / cores and of the fullest rank's CPU time x (1 + bubble)
+of limit     the limit over the step's time. The limit: the fullest rank's CPU time x the larger of ranks / cores and 1 + the schedule's
+             simulated bubble (F, I and W taken for equally long)
 peak MB      what building and three steps add to the memory of the process, of the fullest rank (of own processes each)
 us / action  wall (CPU) time of a step of layers that do next to nothing, for each F and B: what the host needs, messages included
 """
@@ -54,14 +56,16 @@ from megapar.pipeline.simulate import Costs, simulate
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2))
 SLEEPS = Costs(forward=0.024, input_gradient=0.032, weight_gradient=0.020)
 """Seconds."""
+SCALES = (1, 3)
 SLEEPERS, MICRO_BATCHES = 4, 8
 NEAR = 0.02
+AWAKE = 1e-3
 
 
 def sleep(seconds: float) -> None:
-    """Not longer than it says: the last millisecond is waited for awake, since a sleeper is woken up to 0.5 ms late."""
+    """Not longer than it says: a sleeper is woken late, by 0.2 ms and more, so the last part is waited for awake."""
     end = time.perf_counter() + seconds
-    time.sleep(seconds - 1e-3)
+    time.sleep(seconds - AWAKE)
     while time.perf_counter() < end:
         pass
 
@@ -88,6 +92,11 @@ class _Sleep(torch.autograd.Function):
         return grad, None, None
 
 
+HOST_SCHEDULES = {"1F1B": ("1f1b", 1), "Interleaved1F1B": ("interleaved_1f1b", 2)}
+HOST_MICRO_BATCHES = 32
+HOSTS = [f"{who} {schedule}" for schedule in HOST_SCHEDULES for who in ("megapar", "torch")]
+
+
 class Sleeper(nn.Module):
     def __init__(self, costs: Costs) -> None:
         super().__init__()
@@ -111,29 +120,70 @@ def sleeping(schedule: Schedule, mesh: ParallelMesh, costs: Costs, name: str) ->
         runner.step(data, summed)
         grads.finish()
 
-    return Contender(name, lambda data: data, step)
+    return Contender(name, lambda data: data, step, extra={"runner": runner})
 
 
-def asleep(costs: Costs, repeats: int) -> tuple[list[list[list[float]]], list[float], list[int]]:
+def asleep(scale: float, repeats: int) -> tuple[list[list[list[float]]], list[float], list[int]]:
     """In one rank: (wall and CPU seconds by repeat and schedule, simulated seconds, actions of the busiest rank)."""
     mesh = ParallelMesh(pp=dist.get_world_size())
+    costs = Costs(scale * SLEEPS.forward, scale * SLEEPS.input_gradient, scale * SLEEPS.weight_gradient)
     schedules = [make_schedule(kind, mesh.pp.size, chunks, MICRO_BATCHES, costs=costs) for kind, chunks in SCHEDULES]
     found = [sleeping(schedule, mesh, costs, str(key)) for schedule, key in zip(schedules, SCHEDULES, strict=True)]
+    actions = [max(map(len, one.extra["runner"].schedule.ranks)) for one in found]
     seconds = interleaved(found, lambda repeat: [torch.randn(2, 4) for _ in range(MICRO_BATCHES)], repeats=repeats, inner=1, warmup=1)
-    return seconds.tolist(), [simulate(s, costs).makespan for s in schedules], [max(map(len, s.ranks)) for s in schedules]
+    for i, (_, chunks) in enumerate(SCHEDULES):
+        seconds[1, :, i] -= AWAKE * 3 * chunks * MICRO_BATCHES
+    return seconds.tolist(), [simulate(s, costs).makespan for s in schedules], actions
 
 
-def grid_of_sleeps(seconds: Tensor, simulated: Sequence[float], actions: Sequence[int]) -> tuple[Grid, list[Verdict]]:
+def grid_of_sleeps(scale: float, seconds: Tensor, simulated: Sequence[float], actions: Sequence[int]) -> tuple[Grid, list[Verdict]]:
     rows, bars = [], []
     wall, cpu = seconds.median(dim=1).values.tolist()
+    times = [1e3 * scale * time for time in (SLEEPS.forward, SLEEPS.input_gradient, SLEEPS.weight_gradient)]  # type: ignore[operator]
+    what = f"asleep, F, I, W {times[0]:.0f}, {times[1]:.0f}, {times[2]:.0f} ms"
     for i, (kind, chunks) in enumerate(SCHEDULES):
-        name = f"{kind}, {chunks} chunk{'s' * (chunks > 1)}"
-        rows.append(
-            [name, f"{1e3 * wall[i]:.1f}", f"{1e3 * simulated[i]:.1f}", f"{wall[i] / simulated[i]:.4f}", f"{1e6 * cpu[i] / actions[i]:.0f}"]
-        )
-        bars.append(Verdict(f"asleep, {name}: measured / simulated step, from 1", abs(wall[i] / simulated[i] - 1), at_most=NEAR))
+        name, quotient = f"{kind}, {chunks} chunk{'s' * (chunks > 1)}", wall[i] / simulated[i]
+        host = f"{1e6 * cpu[i] / actions[i]:.0f}"
+        rows.append([name, f"{1e3 * wall[i]:.1f}", f"{1e3 * simulated[i]:.1f}", f"{quotient:.4f}", host])
+        bars.append(Verdict(f"{what}, {name}: measured / simulated step, from 1", abs(quotient - 1), at_most=NEAR))
     columns = ["schedule", "measured ms", "simulated ms", "ratio", "host us / action"]
-    return Grid(f"Sleeps for compute: pp={SLEEPERS}, {MICRO_BATCHES} micro-batches", columns, rows), bars
+    return Grid(f"{what[0].upper()}{what[1:]}: pp={SLEEPERS}, {MICRO_BATCHES} micro-batches", columns, rows), bars
+
+
+def hosts(name: str) -> Contender:
+    """The runtime alone: a small layer a stage, with messages of a few bytes."""
+    kind, chunks = HOST_SCHEDULES[name.partition(" ")[2]]
+    mesh, rank = ParallelMesh(pp=dist.get_world_size()), dist.get_rank()
+    modules = [nn.Linear(8, 8) for _ in range(chunks)]
+    pp = mesh.pp.size
+    if name.startswith(OURS):
+        schedule = make_schedule(kind, pp, chunks, HOST_MICRO_BATCHES)
+        runner = PipelineRunner(modules, mesh, schedule, inputs=lambda micro_batch: micro_batch)
+        return Contender(name, lambda x: list(x.chunk(HOST_MICRO_BATCHES)), lambda data: runner.step(data, summed))
+    stages = [PipelineStage(module, rank + chunk * pp, pp * chunks, torch.device("cpu")) for chunk, module in enumerate(modules)]
+    made: Any = ScheduleInterleaved1F1B if chunks > 1 else Schedule1F1B
+    schedule = made(stages if chunks > 1 else stages[0], HOST_MICRO_BATCHES, loss_fn=lambda x, target: x.sum(), scale_grads=False)
+
+    def step(x: Tensor) -> None:
+        schedule.step(*[x] * (rank == 0), **({"target": x} if rank == pp - 1 else {}), return_outputs=False)
+
+    return Contender(name, lambda x: x, step)
+
+
+def host_seconds(repeats: int) -> list[list[list[float]]]:
+    """In one rank: wall and CPU seconds by repeat and contender, for each F and B."""
+    found = [hosts(name) for name in HOSTS]
+    draw_x = lambda repeat: torch.randn(HOST_MICRO_BATCHES, 8)  # noqa: E731
+    seconds = interleaved(found, draw_x, repeats=repeats, inner=2)
+    for i, name in enumerate(HOSTS):
+        seconds[:, :, i] /= 2 * HOST_MICRO_BATCHES * HOST_SCHEDULES[name.partition(" ")[2]][1]
+    return seconds.tolist()
+
+
+def grid_of_hosts(seconds: Tensor) -> Grid:
+    wall, cpu = (1e6 * seconds.median(dim=1).values).tolist()
+    rows = [[name, f"{w:.0f}", f"{c:.0f}"] for name, w, c in zip(HOSTS, wall, cpu, strict=True)]
+    return Grid(f"Host time, pp=2, {HOST_MICRO_BATCHES} micro-batches of 8 numbers", ["for each F and B", "wall us", "CPU us"], rows)
 
 
 @dataclass(frozen=True)
@@ -255,12 +305,15 @@ def theirs(sizes: Sizes, name: str, schedule: type, chunks: int) -> Contender:
     return Contender(name, lambda data: data, step, extra={"gradients": gradients})
 
 
-OURS, TORCH, COMPILED, REFERENCE = "megapar", "torch", ", compiled", "megapar, reference"
+OURS, TORCH, COMPILED = "megapar", "torch", ", compiled"
 THEIR_SCHEDULES = {"1F1B": (Schedule1F1B, 1), "Interleaved1F1B": (ScheduleInterleaved1F1B, 2)}
 THEIR_SCHEDULES["InterleavedZeroBubble"] = (ScheduleInterleavedZeroBubble, 2)
 OUR_SCHEDULES = {f"{kind}, {chunks} chunk{'s' * (chunks > 1)}": (kind, chunks) for kind, chunks in SCHEDULES[1:]}
 ALL_OURS = [f"{OURS} {schedule}" for schedule in OUR_SCHEDULES]
 EAGER = [f"{TORCH} {schedule}" for schedule in THEIR_SCHEDULES]
+SAME = dict(zip(THEIR_SCHEDULES, (list(OUR_SCHEDULES)[i] for i in (0, 1, 3)), strict=True))
+LIKE = {f"{OURS} {own}": f"{TORCH} {peer}" for peer, own in SAME.items()}
+"""Whose memory is compared with whose."""
 AGREE = 1e-5
 
 
@@ -306,12 +359,21 @@ def with_backend(backend: str, world: int, fn: Any, *args: Any, timeout: float =
         return start(world, fn, *args, timeout=timeout)
 
 
-def grid_of_decoders(title: str, sizes: Sizes, names: list[str], wall: Tensor, peaks: list[float], bases: list[str]) -> Grid:
-    rows = []
+def bubble(name: str, pp: int) -> float:
+    """Simulated, of the schedule that a contender runs, at equal costs."""
+    schedule = name.removesuffix(COMPILED).partition(" ")[2]
+    kind, chunks = OUR_SCHEDULES[schedule if name.startswith(OURS) else SAME[schedule]]
+    return simulate(make_schedule(kind, pp, chunks, MICRO_BATCHES)).bubble
+
+
+def grid_of_decoders(title: str, sizes: Sizes, pp: int, names: list[str], seconds: Tensor, peaks: list[float], bases: list[str]) -> Grid:
+    rows, (wall, cpu) = [], seconds
     for i, name in enumerate(names):
-        rate = sizes.tokens / float(wall[:, i].median())
-        rows.append([name, f"{rate:.0f}", *(f"{ratio(wall, names, base, name):.2f}" for base in bases), f"{peaks[i]:.0f}"])
-    return Grid(title, ["forward + backward", "tokens/s", *(f"x {base}" for base in bases), "peak MB"], rows)
+        rate, busy = sizes.tokens / wall[:, i].median(), cpu[:, i].median()
+        limit = busy * max(pp / (os.cpu_count() or 1), 1 + bubble(name, pp))
+        ratios = [f"{ratio(wall, names, base, name):.2f}" for base in bases]
+        rows.append([name, f"{rate:.0f}", *ratios, f"{limit / wall[:, i].median():.2f}", f"{peaks[i]:.0f}"])
+    return Grid(title, ["forward + backward", "tokens/s", *(f"x {base}" for base in bases), "of limit", "peak MB"], rows)
 
 
 def fastest(names: Sequence[str], wall: Tensor, who: str) -> str:
@@ -330,7 +392,8 @@ def decoders(
         except LaunchError as error:
             missing[f"{name}, pp={pp}"] = str(error).strip().splitlines()[-1]
     listed = with_backend(backend, pp, measure, sizes, names, repeats)[0]
-    wall = torch.tensor(listed[0], dtype=torch.float64)
+    seconds = torch.tensor(listed, dtype=torch.float64)
+    wall = seconds[0]
     own, peer = fastest(names, wall, OURS), fastest(names, wall, TORCH)
     where = f"pp={pp}, {backend or 'kernels'}"
     bar = 1.0 if backend else 1.5
@@ -341,11 +404,12 @@ def decoders(
             bars.append(Verdict(f"{where}: peak memory of {kind} / {theirs_named}", value, at_most=1.0))
     title = f"Pipeline, {where}: fp32, {MICRO_BATCHES} micro-batches, {sizes}"
     bases = [peer, *(name for name in EAGER[:1] if name in names and name != peer)]
-    return grid_of_decoders(title, sizes, names, wall, peaks, bases), bars, missing, {"names": names, "seconds": listed, "peak_mb": peaks}
-
-
-LIKE = {ALL_OURS[0]: EAGER[0], ALL_OURS[1]: EAGER[1], ALL_OURS[3]: EAGER[2]}
-"""Whose memory is compared with whose."""
+    return (
+        grid_of_decoders(title, sizes, pp, names, seconds, peaks, bases),
+        bars,
+        missing,
+        {"names": names, "seconds": listed, "peak_mb": peaks},
+    )
 
 
 def main(sleeps: bool = False, repeats: int = 7, compiled: bool = True, compile_timeout: float = 400, pp: tuple[int, ...] = (2, 4)) -> None:
@@ -358,10 +422,16 @@ def main(sleeps: bool = False, repeats: int = 7, compiled: bool = True, compile_
         compile_timeout: seconds that a contender gets to start.
         pp: ranks of the decoder.
     """
-    listed, simulated, actions = start(SLEEPERS, asleep, SLEEPS, repeats)[0]
-    seconds = torch.tensor(listed, dtype=torch.float64)
-    grid, bars = grid_of_sleeps(seconds, simulated, actions)
-    grids, samples, missing = [grid], {"asleep": {"seconds": listed, "simulated": simulated}}, dict[str, str]()
+    grids, bars, samples, missing = [], [], dict[str, Any](), dict[str, str]()
+    for scale in SCALES:
+        listed, simulated, actions = start(SLEEPERS, asleep, scale, repeats)[0]
+        grid, more = grid_of_sleeps(scale, torch.tensor(listed, dtype=torch.float64), simulated, actions)
+        grids.append(grid)
+        bars += more
+        samples[f"asleep x {scale}"] = {"seconds": listed, "simulated": simulated}
+    if not sleeps:
+        samples["host"] = start(2, host_seconds, 3 * repeats)[0]
+        grids.append(grid_of_hosts(torch.tensor(samples["host"], dtype=torch.float64)))
     for world in () if sleeps else pp:
         for backend in ("", "reference"):
             peers = EAGER + [name + COMPILED for name in EAGER if compiled and not backend]
