@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import build_time, linear, optimizer, overhead, row_ops, tensor_parallel
+from benchmarks import build_time, linear, optimizer, overhead, pipeline, row_ops, silent_errors, tensor_parallel
 from benchmarks.__main__ import render
 from benchmarks.common import Verdict, count, environment, interleaved
 
@@ -157,6 +157,41 @@ def test_bars_of_linear():
     slow = linear.verdicts(found([1.2, 1.2, 1.2, 1.2]), 2 * 2000 / 1.4 / 1e9)
     assert [v.holds for v in slow] == [False, True, False]
     assert "at the measured peak it would be 2.00" in slow[0].bar and "forward of 10 x 10 -> 10" in slow[1].bar
+
+
+def pipeline_once() -> tuple[dict[str, float], list[float]]:
+    """Gradient errors by contender; whether host times are positive."""
+    sizes = pipeline.Sizes(layers=5, hidden=32, heads=4, ffn=48, vocab=40, b=1, s=8)
+    found = [pipeline.contender(sizes, name) for name in pipeline.ALL_OURS + pipeline.EAGER]
+    return pipeline.errors(found, sizes), pipeline.host_seconds(1)[0][0]
+
+
+def test_pipeline(ranks):
+    """Every schedule, ours and torch's, gives one process's gradients."""
+    for errors, host in ranks.run(2, pipeline_once):
+        assert list(errors) == pipeline.ALL_OURS + pipeline.EAGER
+        assert all(error <= pipeline.AGREE for error in errors.values()), errors
+        assert all(second > 0 for second in host)
+
+
+def asleep_once() -> tuple[list[list[list[float]]], list[float], list[int]]:
+    return pipeline.asleep(0.1, 1)
+
+
+def test_pipeline_asleep(ranks):
+    """No schedule is faster than its simulation; the bar is on the distance from it, both ways."""
+    seconds, simulated, actions = ranks.run(2, asleep_once)[0]
+    assert all(measured > 0.99 * least for measured, least in zip(seconds[0][0], simulated, strict=True))
+    assert actions[0] > 2 * pipeline.MICRO_BATCHES, "sends and receives are actions too"
+    exact = torch.tensor([simulated, simulated], dtype=torch.float64)[:, None]
+    for factor, holds in ((1.0, True), (1.03, False), (0.97, False)):
+        assert all(v.holds == holds for v in pipeline.grid_of_sleeps(0.1, factor * exact, simulated, actions)[1])
+
+
+def test_silent_errors(ranks):
+    """torch's default is wrong, and both that and its way out are told beside ours."""
+    (default, own), (right, _) = (row[1:] for row in silent_errors.worst(ranks.run(2, silent_errors.of_torch)))
+    assert default > 0.1 and right < silent_errors.AGREE and own < silent_errors.AGREE
 
 
 SETUP = """
