@@ -81,7 +81,7 @@ def named_failures(mesh: ParallelMesh) -> Iterator[None]:
     """Turns the failure of a collective into the name of the rank that is gone, or what another rank said before it failed.
 
     Nobody waits for this rank any more then: one that did not need the lost rank itself, but this one, would wait until its timeout
-    (tests/pipeline/test_failures.py::test_a_rank_fails).
+    (tests/test_failures.py::test_nobody_waits_for_one_that_gave_up).
     """
     try:
         yield

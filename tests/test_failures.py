@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megapar import ParallelMesh
-from megapar.failures import missing_ranks
-from megapar.transport import start_all_reduce
+from megapar.failures import leave, missing_ranks, named_failures
+from megapar.transport import start_all_gather, start_all_reduce, start_receive, wait
 
 
 def survivor(pipe: Connection, rank: int, port: int, gone: int) -> None:
@@ -52,3 +53,23 @@ def test_missing_ranks(gone, expected):
         for process in processes:
             process.kill()
             process.join()
+
+
+def one_after_another() -> None:
+    mesh = ParallelMesh(pp=3)
+    start_all_gather(torch.ones(1), mesh.pp).wait()
+    begin = time.monotonic()
+    try:
+        if mesh.pp.rank == 1:
+            leave(mesh, KeyError("boom"), "a test")
+            raise KeyError("boom")
+        with named_failures(mesh):
+            wait(start_receive(torch.empty(1), mesh.pp, 1 if mesh.pp.rank == 0 else 0, 1))
+    finally:
+        assert time.monotonic() - begin < 10
+
+
+def test_nobody_waits_for_one_that_gave_up(ranks):
+    """Rank 2 waits for rank 0, which waited for rank 1, which failed: both end at once with its word."""
+    told = "rank 1 failed in a test: KeyError: 'boom'"
+    assert ranks.errors(3, one_after_another) == [told, "'boom'", told]

@@ -6,8 +6,8 @@ change at every micro-batch, and a step that brings nothing new sends hidden sta
 form of what went out.
 
 Every message has a tag of its own kind, stage and micro-batch. Between two ranks that are both next and previous of each other (pp=2 with
-several chunks) activations and gradients pass in both directions at once; matched by order alone they would be swapped
-(tests/pipeline/test_runtime.py::test_two_ranks_several_chunks).
+several chunks) activations and gradients pass in both directions at once, and a receive that is posted ahead may overtake another: matched
+by order alone they could be swapped (tests/pipeline/test_wire.py::test_tags_differ, test_runtime.py::test_two_ranks_several_chunks).
 """
 
 from __future__ import annotations

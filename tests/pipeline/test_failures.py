@@ -72,6 +72,7 @@ def fails(place: str, rank: int, pp: int, tp: int) -> None:
 
     def weight_gradients(self: Stage, m: int) -> None:
         if place == "weights" and second_time():
+            time.sleep(0.5)  # until the others are done with this step
             boom()
         real_weights(self, m)
 
