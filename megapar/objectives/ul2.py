@@ -89,6 +89,9 @@ class UL2(Objective):
         for denoiser in self.denoisers:
             if not self.modes.get(denoiser.mode):
                 raise ValueError(f"denoiser {denoiser.name} opens with mode {denoiser.mode!r}, of which modes has no ids: give them")
+            if denoiser.noise is not None and denoiser.target_ratio is not None:
+                told = f"denoiser {denoiser.name} has noise and target_ratio={denoiser.target_ratio}"
+                raise ValueError(f"{told}, which is a prefix LM's: give one of them")
         _ = self.members  # made here, so that settings which cannot be met are refused here
 
     def _member(self, denoiser: Denoiser) -> Objective:

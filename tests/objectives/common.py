@@ -1,5 +1,8 @@
 """What the tests of objectives share: text, every objective, and their inverses from nothing but ids."""
 
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -42,6 +45,10 @@ def whole(sample: Sample) -> list[int]:
     return ids
 
 
+def joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def rejoined(inputs: list[int], targets: list[int]) -> list[int]:
     """The text of T5's inputs and targets: each sentinel replaced by what follows it in the targets. Sentinels are known by their ids."""
     spans: dict[int, list[int]] = {}
@@ -53,7 +60,7 @@ def rejoined(inputs: list[int], targets: list[int]) -> list[int]:
             current.append(token)
     found = [token for token in inputs if token in SENTINELS]
     assert found == list(spans) == list(SENTINELS[: len(found)]), "in order, the same on both sides"
-    return [token for part in (spans.get(t, [t]) for t in inputs) for token in part]
+    return joined(spans.get(token, [token]) for token in inputs)
 
 
 COMMON = {"sequence_length": 24, "vocab_size": VOCAB}
