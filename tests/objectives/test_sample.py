@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,13 +91,13 @@ def test_packing(documents, seed):
 
 def test_collate():
     causal, prefix = Sample.of(np.arange(1, 5), "causal_lm"), Sample.of(np.arange(11, 17), "prefix_lm", 3)
-    batch, targets = collate([causal, causal], 4)
+    batch = collate([causal, causal], 4)
     assert batch.is_causal and batch.tokens.tolist() == [1, 2, 3, 0] * 2 and batch.position_ids.tolist() == [0, 1, 2, 0] * 2
-    assert targets.tolist() == [[2, 3, 4, IGNORED]] * 2 and targets.dtype == torch.int64
-    batch, _ = collate([causal, prefix], 6)
+    assert batch.targets is not None and batch.targets.tolist() == [2, 3, 4, IGNORED] * 2
+    batch = collate([causal, prefix], 6)
     assert batch.segment_ids is None and batch.prefix_len is not None
     assert batch.prefix_len.tolist() == [0] * 6 + [3] * 5 + [0]
-    batch, _ = collate(pack([causal, prefix], 8), 9)
+    batch = collate(pack([causal, prefix], 8), 9)
     assert batch.segment_ids is not None and batch.segment_ids.tolist() == [0] * 3 + [1] * 5 + [-1]
 
 
