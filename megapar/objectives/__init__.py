@@ -1,1 +1,1 @@
-"""Pretraining objectives: each returns the fp32 sum of its token losses and how many tokens it counted."""
+"""Pretraining objectives: text and a generator to a Sample, samples to a TokenBatch and its targets, those to an fp32 sum of losses."""

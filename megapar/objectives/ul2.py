@@ -92,7 +92,9 @@ class UL2(Objective):
             if denoiser.noise is not None and denoiser.target_ratio is not None:
                 told = f"denoiser {denoiser.name} has noise and target_ratio={denoiser.target_ratio}"
                 raise ValueError(f"{told}, which is a prefix LM's: give one of them")
-        _ = self.members  # made here, so that settings which cannot be met are refused here
+        # Refused here and not at the first sample; the one of most spans first, whose number of sentinels does for all.
+        for denoiser in sorted(self.denoisers, key=lambda d: d.noise.ratio / d.noise.mean_span if d.noise else 0.0, reverse=True):
+            self._member(denoiser)
 
     def _member(self, denoiser: Denoiser) -> Objective:
         common: dict[str, object] = {

@@ -29,6 +29,15 @@ def test_any_part_is_the_wholes(weights, first, count):
     assert blend.counts(first).tolist() == [before.count(i) for i in range(len(weights))]
 
 
+@pytest.mark.parametrize("first", [0, 15, 20, 60, 79, 81])
+def test_one_large_corpus_and_many_small_ones(first):
+    """All the small ones are due at once, half a round late: the worst there is."""
+    weights = (40,) + (1,) * 60
+    everything = sorted(((k + 0.5) / weight, i, k) for i, weight in enumerate(weights) for k in range(100))
+    corpora, numbers = Blend(weights).draw(first, 30)
+    assert list(zip(corpora.tolist(), numbers.tolist(), strict=True)) == [(i, k) for _, i, k in everything[first : first + 30]]
+
+
 @many
 @given(weights, st.integers(0, 10**9))
 def test_drift_is_bounded(weights, n):

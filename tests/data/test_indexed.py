@@ -133,6 +133,7 @@ def damaged(path: Path, change) -> None:
         (".idx", lambda b: b + b"\0\0\0", "damaged, or multimodal"),
         (".idx", lambda b: b[:34] + struct.pack("<i", 3) + b[38:], "does not describe documents back to back"),
         (".idx", lambda b: b[:-8] + struct.pack("<q", 2), "does not describe documents back to back"),
+        (".idx", lambda b: b[:-16] + struct.pack("<q", 1) + b[-8:], "does not describe documents back to back"),
         (".idx", lambda b: b[:17] + b"\x04" + b[18:], "does not describe documents back to back"),
         (".bin", lambda b: b[:-1], "x.bin has 11 bytes and its .idx describes 12: the two are not of one corpus"),
         (".bin", lambda b: b + b"\0\0", "has 14 bytes"),

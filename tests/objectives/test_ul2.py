@@ -101,8 +101,8 @@ def test_any_order_gives_the_same_samples():
         ({"denoisers": (Denoiser(name="A", mode="S", rate=float("nan")),)}, "must be above 0"),
         ({"modes": {"R": (R,), "S": (S,)}}, "denoiser X1 opens with mode 'X', of which modes has no ids"),
         ({"modes": {"R": (), "S": (S,), "X": (X,)}}, "denoiser R1 opens with mode 'R'"),
-        ({"sentinels": range(90, 85, -1), "length": 200}, "denoiser R1: .* take 9 sentinels and there are 5: give 9"),
-        ({"length": 4}, "denoiser R1: sequence_length=4 is too short for 2 tokens of text: give 6 or more"),
+        ({"sentinels": range(90, 85, -1), "length": 200}, "denoiser X1: .* take 25 sentinels and there are 5: give 25"),
+        ({"length": 4}, "denoiser X1: sequence_length=4 is too short for 2 tokens of text: give 6 or more"),
         ({"denoisers": (Denoiser(name="A", mode="X", noise=SpanNoise(), target_ratio=0.25),)}, "A has noise and target_ratio=0.25"),
         ({"denoisers": (Denoiser(name="A", mode="S", target_ratio=1.0),)}, "denoiser A: target_ratio=1.0 must be between 0 and 1"),
     ],
@@ -110,3 +110,8 @@ def test_any_order_gives_the_same_samples():
 def test_refusals(settings, told):
     with pytest.raises(ValueError, match=told):
         ul2(**settings)
+
+
+def test_what_a_refusal_advises_is_accepted():
+    assert ul2(200, sentinels=range(90, 65, -1)).tokens_needed == 200
+    assert ul2(6).tokens_needed == 6
