@@ -122,10 +122,10 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("--sequence-parallel", action="store_true", help="pass sequence_parallel=True to build")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compare (default: cpu, where fp64 is at home)")
     asked = parser.parse_args(arguments)
-    tp, pp = asked.tp or (2 if asked.pp == 1 else 1), asked.pp
-    if tp * pp < 2:
-        raise ValueError(f"--tp {tp} --pp {pp} leaves nothing to compare: give 2 or more of one")
-    if pp == 1 and (asked.chunks > 1 or asked.microbatches or asked.schedule):
+    tp, pp = (2 if asked.pp == 1 else 1) if asked.tp is None else asked.tp, asked.pp
+    if min(tp, pp) < 1 or tp * pp < 2:
+        raise ValueError(f"--tp {tp} --pp {pp} leaves nothing to compare: give 2 or more of one, 1 or more of the other")
+    if pp == 1 and (asked.chunks != 1 or asked.microbatches is not None or asked.schedule):
         raise ValueError("--chunks, --microbatches and --schedule are for pipelines: give --pp 2 or more, or leave them out")
     microbatches = pp + 1 if asked.microbatches is None else asked.microbatches
     schedule = None if pp == 1 else make_schedule(asked.schedule, pp, asked.chunks, microbatches)

@@ -98,4 +98,4 @@ def named_failures(mesh: ParallelMesh) -> Iterator[None]:
         if not missing or told is not None:
             raise
         names = ", ".join(map(str, missing))
-        raise RemoteError(f"rank {names} stopped answering: it died or hangs, see its output, then start again with --resume") from error
+        raise RemoteError(f"rank {names} stopped answering: it died or hangs, see its output, and start the ranks again") from error

@@ -23,9 +23,19 @@ class LanguageModel(Protocol):
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompt: Tensor, new_tokens: int, *, top_p: float = 1.0, temperature: float = 1.0, window: int = 256, seed: int = 0
+    model: LanguageModel,
+    prompt: Tensor,
+    new_tokens: int,
+    *,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    window: int = 256,
+    seed: int = 0,
+    text_size: int | None = None,
 ) -> Tensor:
     """prompt int64 [b, s] to [b, s + new_tokens]; `temperature=0` takes the likeliest token.
+
+    text_size: ids from it on are never chosen (an objective's special tokens); none: all may be.
 
     The model sees the last `window` tokens; nothing is cached between tokens. Raises ValueError for an empty prompt, top_p outside
     (0, 1], a negative temperature or number of new tokens, and a window that shows no token.
@@ -47,7 +57,7 @@ def generate(
         logits = model.next_logits(tokens[:, -window:])
         # Gathered logits are the same bits on every rank, so equal generators draw equal tokens.
         full = logits if model.tp.size == 1 else all_gather_last(logits, model.tp, parts)
-        tokens = torch.cat([tokens, choose(full.float(), top_p, temperature, generator)], dim=1)
+        tokens = torch.cat([tokens, choose(full[:, :text_size].float(), top_p, temperature, generator)], dim=1)
     return tokens
 
 

@@ -62,7 +62,7 @@ class PipelineRunner:
         sharding: Callable[[Action], None] | None = None,
     ) -> None:
         self.mesh, self.sharding = mesh, sharding
-        self._broken: BaseException | None = None
+        self._broken = ""
         error: Exception | None = None
         try:
             self.schedule = prepared(schedule, mesh.pp.size, sharding is not None)
@@ -115,10 +115,15 @@ class PipelineRunner:
         loss_scale: float | None,
     ) -> tuple[StepTotals, Any]:
         """Runs `schedule`, or forwards alone. what: the method that was called."""
-        if self._broken is not None:
-            raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again") from self._broken
+        if self._broken:
+            raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again")
         with named_failures(self.mesh):
-            signed = self._agree(what, None if schedule is None else schedule.microbatches, micro_batches)
+            try:
+                signed = self._agree(what, None if schedule is None else schedule.microbatches, micro_batches)
+            except ValueError as error:
+                if self.mesh.dp.size > 1:  # ranks of other pipelines, which share layers with this one, were not in the exchange
+                    leave(self.mesh, error, what)
+                raise
             schedule = schedule or self._forward_schedule(len(signed))
             step = _Step(self, schedule, micro_batches, signed, loss_fn, loss_scale)
             with self._failing(step):
@@ -158,7 +163,7 @@ class PipelineRunner:
         try:
             yield
         except BaseException as error:
-            self._broken = error
+            self._broken = f"{type(error).__name__}: {error}"  # not the error, whose traceback keeps the step's tensors
             for stage in self.stages.values():
                 stage.forget()
             leave(self.mesh, error, str(step.action))
@@ -279,9 +284,10 @@ def _stages(chunks: Sequence[nn.Module], schedule: Schedule, rank: int, inputs: 
     if len(chunks) != len(places):
         raise ValueError(f"rank {rank} has {len(chunks)} chunks and the schedule gives it stages {places}: give {len(places)} chunks")
     stages = {place: Stage(chunk, place, schedule.stages, inputs) for place, chunk in zip(places, chunks, strict=True)}
-    ends_here = (0 in stages) and (schedule.stages - 1 in stages)
+    ends, last = schedule.stage_to_rank, len(schedule.ranks) - 1
+    apart = last > 0 and {ends[0], ends[-1]} == {0, last}
     for stage in stages.values():
-        stage.check_ties(ends_here)
+        stage.check_ties(apart)
         if schedule.has("W"):
             stage.defer()
     return stages

@@ -44,17 +44,17 @@ class Stage:
         self.deferral: Deferral | None = None
         self._kept: dict[int, _Kept] = {}
 
-    def check_ties(self, ends_here: bool) -> None:
-        """Raises ValueError if a weight of the stage is tied to another stage's and its gradient would not be summed. ends_here: whether
-        this rank holds both ends of the pipeline: a tie sums over ranks."""
+    def check_ties(self, ends_apart: bool) -> None:
+        """Raises ValueError if a weight of the stage is tied to another stage's and its gradient would not be summed. ends_apart: whether
+        the first and the last stage are on the first and the last rank (`mesh.pp_ends`), over which a tie sums."""
         for name, param in self.module.named_parameters():
             spec = spec_of(param)
             if spec is None or spec.tie is None or not param.requires_grad:
                 continue
-            if ends_here and self.index in (0, self.stages - 1):
+            if not ends_apart:
                 raise ValueError(
-                    f"{name} of stage {self.index} is tied to another stage's, and the schedule places both on one rank, where nothing "
-                    "sums their gradients: take a schedule that ends on another rank, or no tied weights"
+                    f"{name} of stage {self.index} is tied to another stage's, and their gradients are summed over the first and the last "
+                    "rank, where the schedule does not place the first and the last stage: take one that does, or no tied weights"
                 )
             if getattr(param, "main_grad", None) is None:
                 raise ValueError(

@@ -46,11 +46,11 @@ class ObjectiveConfig:
     kind: Annotated[Literal["causal_lm", "prefix_lm", "fim", "denoising", "ul2"], tyro.conf.arg(aliases=["--objective"])] = "causal_lm"
     """Next token; prefix read in both directions; fill in the middle; corrupted text restored; UL2's mixture of denoisers."""
     reset_position_ids: bool = False
-    """causal_lm: positions start anew at each document."""
+    """causal_lm, fim: positions start anew at each document."""
     reset_attention_mask: bool = False
-    """causal_lm: a document attends to itself alone."""
+    """causal_lm, fim: a document attends to itself alone."""
     eod_mask_loss: bool = False
-    """causal_lm: a document's end does not predict the next one's start."""
+    """causal_lm, fim: a document's end does not predict the next one's start."""
     target_ratio: float | None = None
     """prefix_lm: the share that is predicted; none: cut at a uniform point."""
     fim_rate: float = 0.5

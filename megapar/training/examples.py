@@ -7,6 +7,7 @@ epoch, objective). No rank, layout or resume changes it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 
@@ -80,12 +81,36 @@ def _targets(sample: Sample) -> Ids:
     return sample.targets[sample.targets != IGNORED]
 
 
+KEYS = {
+    "causal_lm": {"reset_position_ids", "reset_attention_mask", "eod_mask_loss"},
+    "prefix_lm": {"target_ratio"},
+    "fim": {"fim_rate", "spm_rate", "fim_level", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"},
+    "denoising": {"style", "noise_ratio", "mean_span", "span_lengths", "sentinels"},
+    "ul2": {"denoisers", "s_mode", "sentinels"},
+}
+"""What each kind of objective reads of its section."""
+
+
 def make_objective(config: ObjectiveConfig, sequence_length: int, tokenizer: Tokenizer) -> tuple[Objective, int]:
-    """The objective, and the size of the vocabulary with its special tokens, which follow the tokenizer's ids."""
+    """The objective, and the size of the vocabulary with its special tokens, which follow the tokenizer's ids.
+
+    Raises ValueError for settings that cannot be met, and for a key of another kind of objective, which would change nothing.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != "kind" and field.name not in KEYS[config.kind] and value != field.default:
+            kinds = " and ".join(kind for kind, keys in KEYS.items() if field.name in keys)
+            raise ValueError(f"objective.{field.name}={value} is for {kinds}, and objective.kind is {config.kind}: leave it out")
+    try:
+        return _made(config, sequence_length, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"[objective] {error}") from error
+
+
+def _made(config: ObjectiveConfig, sequence_length: int, tokenizer: Tokenizer) -> tuple[Objective, int]:
     first, end = tokenizer.vocab_size, tokenizer.end_of_text
-    noise = SpanNoise(ratio=config.noise_ratio, mean_span=config.mean_span, lengths=config.span_lengths)
+    resets = {name: getattr(config, name) for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")}
     if config.kind == "causal_lm":
-        resets = {name: getattr(config, name) for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")}
         return CausalLM(sequence_length=sequence_length, vocab_size=first, end_id=end, **resets), first
     if config.kind == "prefix_lm":
         return PrefixLM(sequence_length=sequence_length, vocab_size=first, target_ratio=config.target_ratio), first
@@ -101,6 +126,7 @@ def make_objective(config: ObjectiveConfig, sequence_length: int, tokenizer: Tok
             spm_rate=config.spm_rate,
             level=config.fim_level,
             tokenizer=tokenizer,
+            **resets,
         )
         return fim, first + 3
     sentinels = range(first, first + config.sentinels)
@@ -109,7 +135,7 @@ def make_objective(config: ObjectiveConfig, sequence_length: int, tokenizer: Tok
             sequence_length=sequence_length,
             vocab_size=first,
             end_id=end,
-            noise=noise,
+            noise=SpanNoise(ratio=config.noise_ratio, mean_span=config.mean_span, lengths=config.span_lengths),
             style=config.style,
             sentinels=sentinels,
             mask_id=sentinels.stop,

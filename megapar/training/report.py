@@ -33,7 +33,8 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
     model = _save_model(trained, config, mesh)
     text = trained.examples.text
     prompt = torch.tensor([text.tokenizer.encode(run.prompt) or [text.tokenizer.end_of_text]], device=mesh.device)
-    tokens = generate(trained.model, prompt, run.sample_tokens, top_p=0.9, window=config.data.sequence_length, seed=run.seed)
+    options = {"window": config.data.sequence_length, "seed": run.seed, "text_size": text.tokenizer.vocab_size}
+    tokens = generate(trained.model, prompt, run.sample_tokens, top_p=0.9, **options)
     sample = text.tokenizer.decode(tokens[0].tolist())
     if mesh.world.rank != 0:
         return ""

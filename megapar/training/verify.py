@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def load_subject(target: str, sequence_parallel: bool) -> Subject:
 
     `build(mesh)` makes the model itself (and takes sequence_parallel= if asked for it); `build()` makes a plain one, which `parallelize`
     cuts by `plan` of the same module or by its own tp_plan. The module may define `inputs()` and `loss(output, *inputs)`, and for a
-    pipeline has to define `build_stage(mesh, stage, stages)`. Raises ValueError for a target that is not there.
+    pipeline has to define `build_stage(mesh, stage, stages)`, which takes sequence_parallel= if asked for it. Raises ValueError for a
+    target that is not there.
     """
     module_name, _, function = target.partition(":")
     function = function or "build"
@@ -184,6 +186,10 @@ def load_subject(target: str, sequence_parallel: bool) -> Subject:
     given = getattr(module, "inputs", None)
     inputs = (lambda model, microbatch: tuple(given())) if given is not None else random_tokens
     loss, build_stage = getattr(module, "loss", language_model_loss), getattr(module, "build_stage", None)
+    if build_stage is not None and sequence_parallel:
+        if "sequence_parallel" not in inspect.signature(build_stage).parameters:
+            raise ValueError("--sequence-parallel needs build_stage(mesh, stage, stages, sequence_parallel): add it, or drop the flag")
+        build_stage = partial(build_stage, sequence_parallel=True)
     return Subject(_builder(build, getattr(module, "plan", None), sequence_parallel), inputs, loss, build_stage)
 
 

@@ -48,6 +48,12 @@ def test_tiny_top_p_is_greedy_and_the_seed_decides():
     assert generate(model, PROMPT, 9, seed=-(2**70)).shape == (2, 12)
 
 
+def test_special_tokens_are_never_chosen():
+    model = model_at(ParallelMesh.alone())
+    assert int(generate(model, PROMPT, 40, temperature=9.0)[:, 3:].max()) >= 12
+    assert int(generate(model, PROMPT, 40, temperature=9.0, text_size=12)[:, 3:].max()) < 12
+
+
 def test_window_is_all_the_model_sees():
     model = model_at(ParallelMesh.alone(), gpt_style(hidden_size=16, layers=1, heads=4, max_positions=4))
     other = PROMPT.clone()

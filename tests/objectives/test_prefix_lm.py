@@ -16,7 +16,7 @@ def test_known_value():
     sample = Sample.of(np.array([9, 1, 2, 3, 4, 5, 6, 7]), "prefix_lm", 3)
     assert sample.tokens.tolist() == [9, 1, 2, 3, 4, 5, 6]
     assert sample.targets.tolist() == [IGNORED, IGNORED, 3, 4, 5, 6, 7]
-    batch, _ = collate([sample], 7)
+    batch = collate([sample], 7)
     sees = batch.attention_mask()[0, 0].int().sum(1).tolist()
     assert sees == [3, 3, 3, 4, 5, 6, 7], "the first suffix token is predicted by the prefix's last, and seen by no token of the prefix"
 

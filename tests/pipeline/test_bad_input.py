@@ -80,7 +80,7 @@ MAKING: dict[str, tuple[Callable[[ParallelMesh], Any], str]] = {
     ),
     "tied on one rank": (
         lambda mesh: tied_v(mesh),
-        r"stage\.embedding\.weight of stage 0 is tied to another stage's, and the schedule places both on one rank",
+        r"stage\.embedding\.weight of stage 0 is tied to another stage's, and their gradients are summed over the first and the last rank",
     ),
     "sharding without callback": (
         lambda mesh: runner_of(mesh, schedule=with_sharding(make_schedule("1f1b", 2, 1, 4), 1)),

@@ -8,11 +8,13 @@ import pytest
 
 from megapar import ParallelMesh
 from megapar.models.config import DecoderConfig
+from megapar.objectives.randomness import Generator
 from megapar.objectives.sample import IGNORED
 from megapar.training.config import Config, DataConfig, ObjectiveConfig, ParallelConfig, RunConfig
-from megapar.training.examples import Examples
+from megapar.training.examples import Examples, make_objective
 from megapar.training.loop import train
 from megapar.training.metrics import read_metrics
+from megapar.training.report import report
 from megapar.training.text import Text, load_text
 
 OBJECTIVES = {
@@ -32,7 +34,7 @@ def config_for(folder: Path, objective: ObjectiveConfig, **parallel: int) -> Con
         DataConfig(str(path), tokenizer="bytes", sequence_length=40, held_out=0.1),
         objective,
         parallel=ParallelConfig(device="cpu", **parallel),
-        run=RunConfig(steps=3, batch_size=4, microbatches=2, out=str(folder / "out")),
+        run=RunConfig(steps=3, batch_size=4, microbatches=2, out=str(folder / "out"), sample_tokens=20),
     )
 
 
@@ -68,6 +70,14 @@ def test_held_out_text_is_covered_once(text, tmp_path, kind):
     assert list(examples.held_out_samples()) == sorted({sample.objective for sample in samples})
 
 
+def test_fim_takes_the_resets(text, tmp_path):
+    """The corpus is one document: its end is put there by hand."""
+    plain, reset = (ObjectiveConfig("fim", fim_rate=0.0, reset_position_ids=on, reset_attention_mask=on) for on in (False, True))
+    window = np.array([1, 2, text.tokenizer.end_of_text, 3, 4])
+    found = [make_objective(c, 40, text.tokenizer)[0](window, Generator()) for c in (plain, reset)]
+    assert found[0].position_ids.tolist() == [0, 1, 2, 3] and found[1].position_ids.tolist() == [0, 1, 2, 0]
+
+
 def test_unigram_loss_of_targets_by_hand(text, tmp_path):
     examples = Examples(text, config_for(tmp_path, OBJECTIVES["denoising"][0]))
     targets = np.concatenate([s.targets[s.targets != IGNORED] for s in examples.samples(0, examples._sampler.samples_per_epoch)])
@@ -77,7 +87,10 @@ def test_unigram_loss_of_targets_by_hand(text, tmp_path):
 
 
 def run(config: Config) -> float:
-    trained = train(config, ParallelMesh(tp=config.parallel.tp, pp=config.parallel.pp))
+    mesh = ParallelMesh(tp=config.parallel.tp, pp=config.parallel.pp)
+    trained = train(config, mesh)
+    summary = report(trained, config, mesh)  # whose text holds no special token, which no tokenizer could spell
+    assert mesh.world.rank or "held-out loss" in summary
     assert trained.held_out_loss is not None
     return trained.held_out_loss
 
@@ -106,6 +119,8 @@ def test_every_objective_trains_alike_in_every_layout(ranks, tmp_path, monkeypat
         (ObjectiveConfig("denoising", noise_ratio=1.5), "ratio=1.5"),
         (ObjectiveConfig("fim", fim_rate=2.0), "rate=2.0"),
         (ObjectiveConfig("prefix_lm", target_ratio=0.0), "target_ratio=0.0"),
+        (ObjectiveConfig(noise_ratio=0.5), "objective.noise_ratio=0.5 is for denoising, and objective.kind is causal_lm: leave it out"),
+        (ObjectiveConfig("ul2", eod_mask_loss=True), "is for causal_lm and fim"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(text, tmp_path, objective, told):

@@ -290,6 +290,18 @@ def test_targets_that_are_not_there(folder, monkeypatch, target, told):
         load_subject(target, False)
 
 
+def test_sequence_parallel_reaches_the_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    told = "def build(mesh, sequence_parallel=False): ...\ndef build_stage(mesh, stage, stages{}): return {}\n"
+    (tmp_path / "stages_know.py").write_text(told.format(", sequence_parallel=False", "sequence_parallel"))
+    (tmp_path / "stages_do_not.py").write_text(told.format("", "None"))
+    subject = load_subject("stages_know", True)
+    assert subject.build_stage is not None and subject.build_stage(None, 0, 2) is True
+    with pytest.raises(ValueError, match="needs build_stage"):
+        load_subject("stages_do_not", True)
+
+
 def test_sequence_parallel_needs_a_model_that_knows_it(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.path", [*sys.path])
@@ -368,6 +380,8 @@ def test_own_decoder_is_proved_in_a_pipeline(ranks, arguments):
         ("--chunks 2", "are for pipelines"),
         ("--pp 2 --chunks 2 --schedule 1f1b", "1f1b has one chunk"),
         ("verified_plain --pp 2", "build_stage"),
+        ("--pp 2 --tp 0", "leaves nothing to compare"),
+        ("--tp 2 --chunks 0", "are for pipelines"),
     ],
 )
 def test_pipelines_that_cannot_be_verified(ranks, folder, arguments, told):
