@@ -36,7 +36,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from benchmarks.common import Contender, Grid, LaunchError, Verdict, interleaved, ratio, report, start
 from benchmarks.pipeline_host import MICRO_BATCHES, OURS, SCALES, SCHEDULES, SLEEPERS, asleep, grid_of_hosts, grid_of_sleeps, host_seconds
-from benchmarks.plain_llama import Llama, boxes, load, megapar_name, rotary
+from benchmarks.plain_llama import Llama, boxes, load, megapar_name, rotary, seeded
 from megapar.batch import TokenBatch
 from megapar.grads import MainGrads
 from megapar.mesh import ParallelMesh
@@ -72,12 +72,7 @@ def draw(sizes: Sizes, repeat: int) -> tuple[Tensor, Tensor]:
 
 
 def plain_model(sizes: Sizes) -> Llama:
-    torch.manual_seed(0)
-    plain = Llama(sizes.vocab, sizes.hidden, sizes.heads, sizes.ffn, sizes.layers)
-    for param in plain.parameters():
-        if param.dim() > 1:
-            nn.init.normal_(param, std=0.02)
-    return plain
+    return seeded(sizes.vocab, sizes.hidden, sizes.heads, sizes.ffn, sizes.layers)
 
 
 class Cut(nn.Module):

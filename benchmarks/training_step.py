@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from benchmarks.common import Contender, Grid, LaunchError, Verdict, interleaved, ratio, report, start
-from benchmarks.plain_llama import Llama, load, with_dtensor
+from benchmarks.plain_llama import Llama, load, seeded, with_dtensor
 from megapar.grads import MainGrads
 from megapar.mesh import ParallelMesh
 from megapar.models.config import DecoderConfig
@@ -72,12 +72,7 @@ def draw(sizes: Sizes, repeat: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def plain_model(sizes: Sizes) -> Llama:
-    torch.manual_seed(0)
-    plain = Llama(sizes.vocab, sizes.hidden, sizes.heads, sizes.ffn, sizes.layers)
-    for param in plain.parameters():
-        if param.dim() > 1:
-            nn.init.normal_(param, std=0.02)
-    return plain
+    return seeded(sizes.vocab, sizes.hidden, sizes.heads, sizes.ffn, sizes.layers)
 
 
 def ours(sizes: Sizes) -> Callable[[Any], float]:

@@ -23,19 +23,6 @@ Write = Callable[[Tensor, float], object]
 """Called with (tensor, beta): writes tensor = beta * tensor + gradient."""
 
 
-def target(param: Tensor) -> tuple[Tensor | None, float]:
-    """(tensor, beta): the caller must write `tensor = beta * tensor + gradient` now. (None, 0) for a parameter without main_grad.
-
-    beta is 0 for the first write since `MainGrads.zero`, which therefore clears nothing in memory.
-    """
-    main_grad: Tensor | None = getattr(param, "main_grad", None)
-    if main_grad is None:
-        return None, 0.0
-    beta = 1.0 if param._main_grad_written else 0.0  # type: ignore[attr-defined]
-    param._main_grad_written = True  # type: ignore[attr-defined]
-    return main_grad, beta
-
-
 def accumulate(param: Tensor, write: Write) -> bool:
     """Has `write` add a gradient to the parameter's main_grad: now, or, under a `Deferral`, when that is run.
 
@@ -43,24 +30,29 @@ def accumulate(param: Tensor, write: Write) -> bool:
     """
     if getattr(param, "main_grad", None) is None:
         return False
-    deferral: Deferral | None = getattr(param, "_deferral", None)
-    if deferral is None or deferral.waiting is None:
+    waiting = _waiting(param)
+    if waiting is None:
         _write_now(param, write)
     else:
-        deferral.waiting.append(lambda: _write_now(param, write))
+        waiting.append(lambda: _write_now(param, write))
     return True
 
 
 def is_deferred(param: Tensor) -> bool:
     """Whether `accumulate` would keep its `write` for later: what only that needs is then not worth starting."""
+    return _waiting(param) is not None
+
+
+def _waiting(param: Tensor) -> list[Callable[[], None]] | None:
     deferral: Deferral | None = getattr(param, "_deferral", None)
-    return deferral is not None and deferral.waiting is not None
+    return None if deferral is None else deferral.waiting
 
 
-def _write_now(param: Tensor, write: Write) -> None:
-    main_grad, beta = target(param)
-    assert main_grad is not None
-    write(main_grad, beta)
+def _write_now(param: Any, write: Write) -> None:
+    # beta is 0 for the first write since `MainGrads.zero`, which therefore clears nothing in memory (test_grads.py::test_accumulate).
+    beta = 1.0 if param._main_grad_written else 0.0
+    param._main_grad_written = True
+    write(param.main_grad, beta)
 
 
 def add(param: Tensor, grad: Tensor) -> None:

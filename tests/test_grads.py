@@ -9,7 +9,7 @@ from torch import nn
 
 from megapar import ColumnParallelLinear, ParallelMesh, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megapar.collectives import with_summed_grad
-from megapar.grads import Deferral, MainGrads, accumulate, add, is_deferred, put, target
+from megapar.grads import Deferral, MainGrads, accumulate, add, is_deferred, put
 from megapar.layers.norm import RMSNorm
 from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder
@@ -17,15 +17,15 @@ from tests.counting import counted
 from tests.parity import boxes, logical
 
 
-def test_target_follows_the_writes():
+def test_beta_follows_the_writes():
     param = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
-    assert target(param) == (None, 0.0)
-    main = MainGrads([param])
-    first, second = target(param), target(param)
-    assert first[0] is second[0] is param.main_grad and (first[1], second[1]) == (0.0, 1.0)
-    assert param.main_grad.dtype == torch.float32 and type(param.main_grad) is torch.Tensor
+    main, calls = MainGrads([param]), []
+    for _ in range(2):
+        assert accumulate(param, lambda *call: calls.append(call))
     main.zero()
-    assert target(param)[1] == 0.0
+    assert accumulate(param, lambda *call: calls.append(call))
+    assert all(main_grad is param.main_grad for main_grad, _ in calls) and [beta for _, beta in calls] == [0.0, 1.0, 0.0]
+    assert param.main_grad.dtype == torch.float32 and type(param.main_grad) is torch.Tensor
 
 
 def test_accumulate():

@@ -137,7 +137,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _deliver(weight: Tensor, dw: Tensor, ratio: Tensor) -> Tensor | None:
     """Adds ratio * dw to the weight's main_grad in one pass, or returns it for autograd."""
 
-
     def write(main_grad: Tensor, beta: float) -> None:
         if beta:
             main_grad.addcmul_(dw, ratio)

@@ -135,7 +135,6 @@ def _column_backward(
         if axis.size > 1:
             reducing = start_reduce_scatter(dx, axis) if sharded else start_all_reduce(dx.contiguous(), axis)
 
-
     def whole() -> Tensor:
         return gathering.wait() if gathering is not None else start_all_gather(x, axis).wait() if sharded else x
 

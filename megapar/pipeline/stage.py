@@ -39,7 +39,7 @@ class Stage:
     """
 
     def __init__(self, module: nn.Module, index: int, stages: int, inputs: Callable[[Any], Any] | None) -> None:
-        self.module, self.index, self.stages, self.inputs = module, index, stages, inputs
+        self.module, self.index, self.inputs = module, index, inputs
         self.is_first, self.is_last = index == 0, index == stages - 1
         self.deferral: Deferral | None = None
         self._kept: dict[int, _Kept] = {}
