@@ -26,7 +26,7 @@ from megapar.zero.layout import Bucket, Layout
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
 REDUCE, GATHER = 1, 2
-"""Tags: reductions and gathers keep their own order, whatever a rank leaves out."""
+"""Tags: reductions and gathers keep their own order, whatever a rank leaves out; gathers of weights have one for each bucket, from here."""
 
 Window = Literal["step", "micro_batch"]
 
