@@ -107,7 +107,9 @@ class GradBuckets(MainGrads):
         self._is_open = True
         ends = last or self.how.every == "micro_batch"
         passes = 1 if self.how.every == "micro_batch" else self._passes
-        if ends and self.how.overlap and not self.alone:
+        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns.
+        in_turns = len(set(self.chunk_of.values())) > 1 and any(getattr(param, "_deferral", None) is not None for param in self.params)
+        if ends and self.how.overlap and not self.alone and not in_turns:
             self._expected = [None if uses is None else uses * passes for uses in self._uses]
         try:
             yield
