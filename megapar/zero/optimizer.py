@@ -116,8 +116,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if scaler is not None and scaler.dynamic is not None:
             start["hysteresis"] = scaler.dynamic.hysteresis
         self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **start)
-        self.skipped_steps = 0
-        """Of those before the last one."""
+        self._skipped_before = 0
         self._scale_before = self.loss_scale.clone()
         self._broken = ""
 
@@ -127,6 +126,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def loss_scale(self) -> Tensor:
         """What the next backward is seeded with, float64, 0-d, on the device."""
         return self.step_state.loss_scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped; waits for the last one."""
+        return self._skipped_before + int(self.step_state.skip)
 
     def backward(self, loss_sum: Tensor, last: bool = True) -> None:
         """Adds the gradients of a sum of losses, a scalar; `last` says that the step's other micro-batches have been.
@@ -145,8 +149,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with self._together("a backward"):
             with self.grads.accumulating(backwards, last):
                 yield
-            if last or self.options.reduce_every == "micro_batch":
-                self.grads.end_window()
+            self.grads.end_window()
             if self.options.reshard_every == "micro_batch" or last:
                 self.gathers.release()
 
@@ -249,15 +252,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """What a step changes beside weights and moments, as plain numbers: updates made, steps skipped, where the loss scale is."""
         state, applied = self.step_state, self.step_state.applied_steps.tolist()
         growth, hysteresis = state.scalars[4:].tolist()
-        skipped = self.skipped_steps + int(state.skip)
         scale = {"loss_scale": float(state.loss_scale), "growth": growth, "hysteresis": hysteresis}
-        return {"applied_steps": int(max(applied)), "skipped_steps": skipped, **scale}
+        return {"applied_steps": int(max(applied)), "skipped_steps": self.skipped_steps, **scale}
 
     def set_progress(self, told: Mapping[str, Any]) -> None:
         """Goes on from what `progress` told."""
         self.step_state.applied_steps.fill_(told["applied_steps"])
         self.step_state.scalars[2:].copy_(torch.tensor([0.0, told["loss_scale"], told["growth"], told["hysteresis"]]))
-        self.skipped_steps = told["skipped_steps"]
+        self._skipped_before = told["skipped_steps"]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -290,7 +292,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ValueError("step was called and no backward before it: call optimizer.backward(loss_sum), then step")
         check_unchanged(self.chunks, self._listed)
         if float(self.step_state.skip):  # of the step before, long done
-            self.skipped_steps += 1
+            self._skipped_before += 1
             dynamic = None if self.precision.scaler is None else self.precision.scaler.dynamic
             if dynamic is not None and float(self._scale_before) <= dynamic.min_scale:
                 raise ValueError(
