@@ -60,7 +60,7 @@ class GradBuckets(MainGrads):
         self._flat: list[Tensor | None] = [None] * len(params)
         self._uses: list[int | None] = [None] * len(params)
         self.chunk_of: Mapping[str, int] = {}
-        self._is_open = False
+        self._is_open = self._ends = False
         self._expected: list[int | None] = []
         self._under_way: list[tuple[Bucket, Pending]] = []
         super().__init__(params, how.dtype)
@@ -106,9 +106,11 @@ class GradBuckets(MainGrads):
         """Inside it `backwards` more passes over the model may write gradients; the window ends with the last of them, if it is `last`."""
         self._passes += backwards
         self._is_open = True
-        ends = last or self.how.every == "micro_batch"
+        self._ends = ends = last or self.how.every == "micro_batch"
         passes = 1 if self.how.every == "micro_batch" else self._passes
-        if ends and self.how.overlap and not self.alone:
+        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns.
+        in_turns = len(set(self.chunk_of.values())) > 1 and any(getattr(param, "_deferral", None) is not None for param in self.params)
+        if ends and self.how.overlap and not self.alone and not in_turns:
             self._expected = [None if uses is None else uses * passes for uses in self._uses]
         try:
             yield
@@ -155,8 +157,11 @@ class GradBuckets(MainGrads):
 
     @torch.no_grad()
     def end_window(self, chunk: int | None = None) -> None:
-        """Starts what is left of a chunk (all of them by default), whether or not it was written, and learns from what was."""
-        if self.how.every == "step" and self.alone:
+        """Starts what is left of a chunk (all of them by default), whether or not it was written, and learns from what was.
+
+        Nothing in a step that goes on, nor where nobody else has a part of the sum.
+        """
+        if not self._ends or (self.how.every == "step" and self.alone):
             return
         for bucket in self._waiting(chunk):
             self._start(bucket)

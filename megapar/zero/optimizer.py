@@ -20,20 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from megapar.collectives import check_same, raise_together
-from megapar.failures import leave, named_failures
+from megapar.failures import RemoteError, leave, named_failures
 from megapar.mesh import ParallelMesh
-from megapar.ops.adamw import Noise, adamw_
-from megapar.ops.grad_norm import grad_norm_
 from megapar.ops.step_state import StepState, step_state_
-from megapar.optim.noise import place_of
 from megapar.optim.precision import Precision
-from megapar.params import Modules, seed_of
-from megapar.transport import start_all_reduce
+from megapar.params import Modules
 from megapar.zero.buckets import GradBuckets, Reduction, Window
 from megapar.zero.gather import Gathers
-from megapar.zero.layout import boxes, make_layout
-from megapar.zero.setup import AdamW, Options, grouped, listed
+from megapar.zero.layout import make_layout
+from megapar.zero.setup import AdamW, Options, check_count, check_unchanged, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, fill
+from megapar.zero.update import Shard, apply_adamw, step_totals
 from megapar.zero.weights import Weights
 
 BUCKET_BYTES = 32 << 20
@@ -113,15 +110,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.grads = GradBuckets(found.params, self.layout, axis, how)
         self.grads.chunk_of = found.chunk_of
         self.gathers = Gathers(self.chunks, self.weights, after_use=options.reshard_every == "micro_batch", ahead=options.overlap)
-        self._rows = {param: row for row, group in enumerate(self.param_groups) for param in group["params"]}
         self._index = {param: index for index, param in enumerate(found.params)}
         scaler = precision.scaler
         start: dict[str, Any] = {} if scaler is None else {"loss_scale": scaler.init_scale}
         if scaler is not None and scaler.dynamic is not None:
             start["hysteresis"] = scaler.dynamic.hysteresis
         self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **start)
-        self.skipped_steps = 0
-        """Of those before the last one."""
+        self._skipped_before = 0
         self._scale_before = self.loss_scale.clone()
         self._broken = ""
 
@@ -131,6 +126,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def loss_scale(self) -> Tensor:
         """What the next backward is seeded with, float64, 0-d, on the device."""
         return self.step_state.loss_scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped; waits for the last one."""
+        return self._skipped_before + int(self.step_state.skip)
 
     def backward(self, loss_sum: Tensor, last: bool = True) -> None:
         """Adds the gradients of a sum of losses, a scalar; `last` says that the step's other micro-batches have been.
@@ -146,12 +146,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def accumulating(self, backwards: int = 1, last: bool = True) -> Iterator[None]:
         """Inside it `backwards` micro-batches may be run backward by others, seeded with `loss_scale`: by a pipeline."""
-        self._check_model()
         with self._together("a backward"):
             with self.grads.accumulating(backwards, last):
                 yield
-            if last or self.options.reduce_every == "micro_batch":
-                self.grads.end_window()
+            self.grads.end_window()
             if self.options.reshard_every == "micro_batch" or last:
                 self.gathers.release()
 
@@ -188,7 +186,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._check_step(count)
         with self._together("a step"):
             self.grads.finish()
-            told = self._totals(count, shared)
+            told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
             if told.device.type == "cpu" and not float(rest[0]) > 0:
                 raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
@@ -198,60 +196,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
             rows = list(range(len(betas)))
             self._scale_before.copy_(self.loss_scale)
             step_state_(self.step_state, told[:3], rest[0], rows=rows, betas=betas, max_norm=self.options.max_norm, scaling=scaling)
-            for group in self.param_groups:
-                self._update(group)
+            for row, group in enumerate(self.param_groups):
+                self._update(row, group)
             self._share_weights()
         self.grads.zero()
         state = self.step_state
         return StepResult(state.grad_norm.clone(), state.loss_scale.clone(), state.skip.clone(), rest[0], rest[1:])
 
-    def _totals(self, count: Any, shared: Sequence[float | Tensor]) -> Tensor:
-        """Of all ranks: sum of squares, what is not finite, zeros; the count; what is shared."""
-        total = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
-        owned = []
-        for index, spec in enumerate(self._listed.specs):
-            start, stop = self.layout.interval(index, self.mesh.dp.rank)
-            if spec.owner and stop > start:
-                owned.append(self.grads.shards[index][: stop - start])
-        grad_norm_(total, owned)
-        mine = [torch.as_tensor(value, dtype=torch.float64, device=self.mesh.device).reshape(1) for value in (count, *shared)]
-        if self.mesh.tp.rank:
-            mine[0] = torch.zeros_like(mine[0])
-        told = torch.cat([total, *mine])
-        wide = [axis for axis in (self.mesh.tp, self.mesh.dp, self.mesh.pp) if axis.size > 1]
-        for axis in wide if len(wide) == 1 else [self.mesh.world] if wide else []:
-            told = start_all_reduce(told, axis).wait()
-        return told
-
-    def _update(self, group: dict[str, Any]) -> None:
-        entries: list[list[Tensor]] = []
-        ids: list[int] = []
-        places: list[tuple[int, int, int]] = []
-        for param in group["params"]:
-            index = self._index[param]
-            start, stop = self.sharded.intervals[index]
-            grad = self.grads.whole(index) if self.options.stage == 0 else self.grads.shards[index]
+    def _update(self, row: int, group: dict[str, Any]) -> None:
+        shards = []
+        for index in (self._index[param] for param in group["params"]):
+            grad = self.grads.whole(index) if self.weights.replicated else self.grads.shards[index]
             tensors = [self.weights.shards[index], grad, *self.sharded.moments[index], *self.sharded.masters[index : index + 1]]
-            for at, size, tensor_id, place in self._parts(index, start, stop):
-                entries.append([tensor[at : at + size] for tensor in tensors])
-                ids.append(tensor_id)
-                places.append(place)
-        if not entries:
-            return
-        weights, grads, first, second, *masters = (list(column) for column in zip(*entries, strict=True))
-        options: dict[str, Any] = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        options["noise"] = None if self.update.seed is None else Noise(self.update.seed, ids, places)
-        rows = [self._rows[group["params"][0]]] * len(weights)
-        adamw_(weights, grads, masters[0] if masters else [], first, second, self.step_state, rows, **options)
-
-    def _parts(self, index: int, start: int, stop: int) -> Iterator[tuple[int, int, int, tuple[int, int, int]]]:
-        """(start in the shard, size, id, place) of what is updated at once: the shard, or with a seed each box of it, for its noise."""
-        if self.update.seed is None:
-            if stop > start:
-                yield 0, stop - start, 0, (0, 1, 1)
-            return
-        for piece, at in boxes(self._listed.specs[index], start, stop):
-            yield at - start, piece.numel, seed_of(piece.name), place_of(piece)
+            shards.append(Shard(self._listed.specs[index], self.sharded.intervals[index], tensors))
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        apply_adamw(shards, self.step_state, row, options, self.update.seed)
 
     def _share_weights(self) -> None:
         """Whole weights from everybody's updated shards: now, or in stage 3 and with gather_ahead when a module needs them."""
@@ -287,8 +246,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of weights and optimizer state, as boxes of logical tensors: any layout can load those of all ranks."""
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        scalars, counters = self.step_state.scalars.tolist(), self.step_state.counters.tolist()
-        return {"groups": groups, "scalars": scalars, "counters": counters, "boxes": as_saved(self.boxes())}
+        return {"groups": groups, "progress": self.progress(), "boxes": as_saved(self.boxes())}
+
+    def progress(self) -> dict[str, Any]:
+        """What a step changes beside weights and moments, as plain numbers: updates made, steps skipped, where the loss scale is."""
+        state, applied = self.step_state, self.step_state.applied_steps.tolist()
+        growth, hysteresis = state.scalars[4:].tolist()
+        scale = {"loss_scale": float(state.loss_scale), "growth": growth, "hysteresis": hysteresis}
+        return {"applied_steps": int(max(applied)), "skipped_steps": self.skipped_steps, **scale}
+
+    def set_progress(self, told: Mapping[str, Any]) -> None:
+        """Goes on from what `progress` told."""
+        self.step_state.applied_steps.fill_(told["applied_steps"])
+        self.step_state.scalars[2:].copy_(torch.tensor([0.0, told["loss_scale"], told["growth"], told["hysteresis"]]))
+        self._skipped_before = told["skipped_steps"]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -307,8 +278,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         raise_together(error, self.mesh.world)
         for group, saved in zip(self.param_groups, states[0]["groups"], strict=True):
             group.update({name: tuple(value) if name == "betas" else value for name, value in saved.items()})
-        self.step_state.scalars.copy_(torch.tensor(states[0]["scalars"], dtype=torch.float64))
-        self.step_state.counters.copy_(torch.tensor(states[0]["counters"], dtype=torch.float64))
+        self.set_progress(states[0]["progress"])
         self.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -317,36 +287,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # Checks
 
     def _check_step(self, count: Any) -> None:
-        if not isinstance(count, (int, float, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
-            raise ValueError(f"step was given the count {count!r} and needs a number: how many losses this rank's sums are sums over")
-        if not isinstance(count, Tensor) and not count >= 0:
-            raise ValueError(f"step was given the count {count} and gradients are divided by it: it must be 0 or more")
+        check_count(count)
         if not self.grads.passes:
             raise ValueError("step was called and no backward before it: call optimizer.backward(loss_sum), then step")
-        self._check_model()
-        for param, entry in zip(self._listed.params, self._listed.entries, strict=True):
-            if param.grad is not None:
-                raise ValueError(f"{entry.name} has a .grad, which the step would ignore: gradients arrive by optimizer.backward, clear it")
+        check_unchanged(self.chunks, self._listed)
         if float(self.step_state.skip):  # of the step before, long done
-            self.skipped_steps += 1
+            self._skipped_before += 1
             dynamic = None if self.precision.scaler is None else self.precision.scaler.dynamic
             if dynamic is not None and float(self._scale_before) <= dynamic.min_scale:
                 raise ValueError(
                     f"the loss scale is at its minimum of {dynamic.min_scale:g} and gradients still are not finite: "
                     "lower the learning rate, check the data, or train in bf16"
                 )
-
-    def _check_model(self) -> None:
-        """Raises ValueError if a parameter was added, frozen or thawed since the model was wrapped."""
-        now = [param for chunk in self.chunks for param in chunk.parameters() if param.requires_grad]
-        if all(param in self._index for param in now) and len(set(now)) == len(self._index):
-            return
-        names = {param: name for chunk in self.chunks for name, param in chunk.named_parameters()}
-        new = [names[param] for param in now if param not in self._index]
-        if new:
-            raise ValueError(f"{new[0]} requires a gradient and the optimizer does not know it: wrap the model after its last change")
-        gone = next(entry.name for param, entry in zip(self._listed.params, self._listed.entries, strict=True) if param not in set(now))
-        raise ValueError(f"{gone} was frozen or removed after the model was wrapped: wrap it after its last change")
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
@@ -356,6 +308,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with named_failures(self.mesh):
             try:
                 yield
+            except RemoteError:
+                self._broken = "another rank's"
+                raise
             except BaseException as error:
                 self._broken = f"{type(error).__name__}: {error}"
                 leave(self.mesh, error, what)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megapar.ops.adamw import check_options
 from megapar.params import ParamSpec, named_specs, spec_of
@@ -135,3 +135,26 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
         beta1, beta2 = options["betas"]
         check_options(lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"], weight_decay=options["weight_decay"])
     return made
+
+
+def check_count(count: Any) -> None:
+    """Raises ValueError unless a step can be told so what its losses are sums over."""
+    if not isinstance(count, (int, float, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
+        raise ValueError(f"step was given the count {count!r} and needs a number: how many losses this rank's sums are sums over")
+    if not isinstance(count, Tensor) and not 0 <= count < float("inf"):
+        raise ValueError(f"step was given the count {count} and gradients are divided by it: it must be 0 or more, and finite")
+
+
+def check_unchanged(chunks: Sequence[nn.Module], found: Listed) -> None:
+    """Raises ValueError if a parameter was added, frozen or thawed since the model was wrapped, or has a gradient that no step sees."""
+    now = dict.fromkeys(param for chunk in chunks for param in chunk.parameters() if param.requires_grad)
+    known = dict(zip(found.params, found.entries, strict=True))
+    for param in now:
+        if param not in known:
+            name = next(name for chunk in chunks for name, other in chunk.named_parameters() if other is param)
+            raise ValueError(f"{name} requires a gradient and the optimizer does not know it: wrap the model after its last change")
+    for param, entry in known.items():
+        if param not in now:
+            raise ValueError(f"{entry.name} was frozen or removed after the model was wrapped: wrap it after its last change")
+        if param.grad is not None:
+            raise ValueError(f"{entry.name} has a .grad, which the step would ignore: gradients arrive by optimizer.backward, clear it")
