@@ -188,7 +188,7 @@ def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None, dtype: torc
     dtype = dtype or parts[0].dtype
     if len(parts) == 2 and dtype == parts[0].dtype:
         return torch.add(parts[0], parts[1], out=out)  # which rounds a 16-bit sum once
-    wide = torch.promote_types(parts[0].dtype, torch.float32) if dtype.is_floating_point else dtype
+    wide = torch.promote_types(torch.promote_types(parts[0].dtype, dtype), torch.float32) if dtype.is_floating_point else dtype
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
         total += part

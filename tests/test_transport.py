@@ -82,3 +82,67 @@ def transposed() -> None:
 def test_layout_axis_is_refused(start):
     with pytest.raises(ValueError, match="axis tp of size 2 only describes a layout: take the axis of a ParallelMesh"):
         start(torch.ones(2), Axis.layout("tp", 0, 2))
+
+
+def sums_as_asked(world: int, axis: str) -> None:
+    """dtype= is that of the sum, in rank order; the terms travel as they are. native= changes nothing on CPU."""
+    mesh = ParallelMesh(tp=world if axis == "tp" else 1)
+    over = mesh.tp if axis == "tp" else mesh.dp
+    for shape, (sent, summed) in itertools.product(
+        [(5, 3), (1, 7), (8,), (3, 0), (257, 129)],
+        [
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float64),
+        ],
+    ):
+        parts = [drawn(r, shape, sent) for r in range(world)]
+        wide = torch.promote_types(summed, torch.float32)
+        total = parts[0].to(wide)
+        for part in parts[1:]:
+            total = total + part.to(wide)
+        c = -(-shape[0] // world)
+        expected = torch.nn.functional.pad(total, (0, 0) * (len(shape) - 1) + (0, c * world - shape[0])).to(summed)
+        for native in (False, True):
+            x = parts[over.rank].clone()
+            got = start_reduce_scatter(x, over, dtype=summed, native=native).wait()
+            assert got.dtype == summed and torch.equal(got, expected[over.rank * c : (over.rank + 1) * c]), (shape, sent, summed)
+            assert torch.equal(x, parts[over.rank])
+
+
+@pytest.mark.parametrize("world,axis", [(1, "dp"), (2, "tp"), (2, "dp"), (3, "dp"), (4, "tp")])
+def test_dtype_of_the_sum(ranks, world, axis):
+    """Over tp through shared memory, over dp as messages."""
+    ranks.run(world, sums_as_asked, world, axis)
+
+
+def tags_apart() -> None:
+    """Two ranks start a reduction and a gather in opposite orders: each finds its own, as each has its tag."""
+    dp = ParallelMesh().dp
+    x, y = drawn(dp.rank, (8, 4), torch.float32), drawn(10 + dp.rank, (4, 4), torch.float32)
+
+    def start(number: int) -> object:
+        # Of one size, so that a message in the wrong place would be taken silently.
+        return start_reduce_scatter(x, dp, tag=1) if number == 0 else start_all_gather(y, dp, tag=2)
+
+    pending = {number: start(number) for number in ((0, 1) if dp.rank == 0 else (1, 0))}
+    total = drawn(0, (8, 4), torch.float32) + drawn(1, (8, 4), torch.float32)
+    assert torch.equal(pending[0].wait(), total[dp.rank * 4 : dp.rank * 4 + 4])
+    assert torch.equal(pending[1].wait(), torch.cat([drawn(10, (4, 4), torch.float32), drawn(11, (4, 4), torch.float32)]))
+
+
+def test_tags(ranks):
+    ranks.run(2, tags_apart)
+
+
+def tagged_in_order() -> None:
+    """Those of one tag keep their order."""
+    dp = ParallelMesh().dp
+    pending = [start_reduce_scatter(torch.full((2, 3), float(i)), dp, tag=5) for i in range(20)]
+    assert [float(p.wait()[0, 0]) for p in reversed(pending)] == [2.0 * i for i in reversed(range(20))]
+
+
+def test_one_tag_keeps_its_order(ranks):
+    ranks.run(2, tagged_in_order)

@@ -74,9 +74,9 @@ class Precision:
 
     @staticmethod
     def of(name: str | Precision, *, master: Literal["default"] | Master = "default") -> Precision:
-        """The usual one for "fp32", "bf16" or "fp16". Raises ValueError for another name."""
+        """The usual one for "fp32", "bf16" or "fp16", or a given one. Raises ValueError for another name."""
         if isinstance(name, Precision):
-            return name
+            return name if master == "default" else replace(name, master=master)
         if name not in PARAMETERS:
             raise ValueError(f'precision="{name}" is not known: use "fp32", "bf16" or "fp16", or a Precision')
         usual = {

@@ -26,7 +26,7 @@ from megapar.zero.layout import Bucket, Layout
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
 REDUCE, GATHER = 1, 2
-"""Tags: reductions and gathers keep their own order, whatever a rank leaves out."""
+"""Tags: reductions and gathers keep their own order, whatever a rank leaves out; gathers of weights have one for each bucket, from here."""
 
 Window = Literal["step", "micro_batch"]
 
@@ -62,6 +62,7 @@ class GradBuckets(MainGrads):
         self.chunk_of: Mapping[str, int] = {}
         self._is_open = self._ends = False
         self._expected: list[int | None] = []
+        self._under_way: list[tuple[Bucket, Pending]] = []
         super().__init__(params, how.dtype)
         self._sums = list(_partial_sums(self.params))
 
@@ -79,7 +80,7 @@ class GradBuckets(MainGrads):
             if pooled or apart:
                 shard = torch.empty(member.size, dtype=self.dtype, device=param.device)
             else:
-                shard = self.whole(index).view(-1, member.size)[self.axis.rank]
+                shard = self.whole(index).view(self.axis.size, -1)[self.axis.rank]
             self.shards.append(shard)
 
     def _allocate(self, index: int) -> None:
@@ -216,11 +217,14 @@ class GradBuckets(MainGrads):
 
     def zero(self) -> None:
         """Forgets what was accumulated."""
+        # A message that nobody waits for would be taken for the next one (tests/zero/test_buckets.py::test_zero_grad_after_a_reduction).
+        for _, pending in self._under_way:
+            pending.wait()
         count = len(self.layout.buckets)
         self._passes, self._writes = 0, [0] * len(self.layout.entries)
         self._expected = [None] * len(self.layout.entries)
         self._started, self._reduced = [False] * count, [False] * count
-        self._under_way: list[tuple[Bucket, Pending]] = []
+        self._under_way = []
         super().zero()
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -42,7 +42,7 @@ def units_of(chunk: nn.Module, number: int) -> tuple[list[Unit], dict[nn.Paramet
     def visit(module: nn.Module, name: str) -> None:
         for key, child in module.named_children():
             path = f"{name}.{key}"
-            if not isinstance(module, Blocks):
+            if not isinstance(module, Blocks) or isinstance(child, Blocks):  # a list in a list is never called itself
                 visit(child, path)
                 continue
             unit = Unit(path, number, child)
@@ -73,6 +73,7 @@ class Gathers:
         self._pending: dict[int, Pending] = {}
         self._whole = {bucket.number for bucket in weights.layout.buckets}
         self._used_last: Unit | None = None
+        self._given: dict[Unit, dict[int, int]] = {}
         index = {param: i for i, param in enumerate(weights.params)}
         for number, chunk in enumerate(chunks):
             units, owner = units_of(chunk, number)
@@ -171,21 +172,29 @@ class Gathers:
             assert unit.module is not None
             following = blocks[position + 1] if position + 1 < len(blocks) else None
             before = blocks[position - 1] if position else None
-            unit.module.register_forward_pre_hook(partial(self._before_forward, unit, following))
+            unit.module.register_forward_pre_hook(partial(self._before_forward, unit, following), with_kwargs=True)
             if self.weights.sharded:
                 unit.module.register_forward_hook(partial(self._after_forward, unit, before))
 
-    def _before_forward(self, unit: Unit, following: Unit | None, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, unit: Unit, following: Unit | None, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.use(unit)
+        self._given[unit] = {id(tensor): tensor._version for tensor in _tensors((args, kwargs)) if tensor.requires_grad}
         if self.ahead and following is not None and not _in_backward():
             self.start(following)
 
     def _after_forward(self, unit: Unit, before: Unit | None, module: nn.Module, args: Any, output: Any) -> None:
-        if _in_backward():
-            return  # recomputation: the backward of this unit follows
-        self.free(unit)
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
+        # In recomputation its backward follows, though not at once: a segment of several blocks is recomputed whole, then run backward
+        # (tests/zero/test_buckets.py::test_stories).
+        if not _in_backward():
+            self.free(unit)
+        found, given = list(_tensors(output)), self._given.pop(unit, {})
+        if not found and torch.is_grad_enabled():
+            what = f"a {type(output).__name__} in which no tensor is found"
+            raise ValueError(f"block {unit.name} returned {what}: return tensors, or tuples, lists, dicts or dataclasses of them")
+        for tensor in found:
+            # What is only handed on gets its gradient when this block's backward is over
+            # (tests/zero/test_gather.py::test_whatever_way_it_is_run).
+            if tensor.requires_grad and given.get(id(tensor)) != tensor._version:
                 tensor.register_hook(lambda grad: self._before_backward(unit, before))
 
     def _before_backward(self, unit: Unit, before: Unit | None) -> None:
@@ -206,6 +215,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for item in vars(value).values():
             yield from _tensors(item)
 
 
@@ -230,7 +242,8 @@ def _freed_class(kind: type) -> type:
         if attribute in ATTRIBUTES or function.__name__ in METHODS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        name = next((str(argument._zero_name) for argument in args if hasattr(argument, "_zero_name")), "a parameter")
+        freed = (tensor for tensor in _tensors((args, kwargs)) if hasattr(tensor, "_whole_class"))
+        name = next((tensor._zero_name for tensor in freed), "a parameter")  # type: ignore[attr-defined]
         raise ValueError(f"{name} is sharded and its whole values are not here: read it inside `with optimizer.unshard():`")
 
     return type(kind)(f"Freed{kind.__name__}", (kind,), {"__torch_function__": classmethod(refuse), "_whole_class": kind})

@@ -55,7 +55,9 @@ class Weights:
     def start_gather(self, bucket: Bucket) -> Pending:
         """Starts fetching the other ranks' shards."""
         row = torch.cat([self.shards[member.index] for member in bucket.members])
-        return start_all_gather(row, self.axis, GATHER)
+        # A tag for each bucket: ranks that run different blocks must not take one's shards for another's
+        # (tests/zero/test_gather.py::test_ranks_that_run_different_blocks).
+        return start_all_gather(row, self.axis, GATHER + bucket.number)
 
     @torch.no_grad()
     def end_gather(self, bucket: Bucket, pending: Pending) -> None:
