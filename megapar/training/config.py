@@ -167,8 +167,8 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:

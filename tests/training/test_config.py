@@ -15,6 +15,7 @@ from megapar.training.config import (
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    RecomputeConfig,
     RunConfig,
     from_dict,
     load_config,
@@ -90,6 +91,7 @@ def test_unknown_key_names_the_nearest(values, key, nearest):
         ("optimizer", "max_norm", "none", "float | None"),
         ("parallel", "device", "tpu", "'cpu'"),
         ("model", "norm", "batch", "'rms' or 'layer'"),
+        ("recompute", "mode", "selective", "'none' or 'full' or 'attention' or 'mlp'"),
         ("model", "kv_heads", 2.0, "int | None"),
     ],
 )
@@ -130,6 +132,15 @@ def test_section_must_be_a_table():
         ("--save-every -1", "run.save_every=-1"),
         ("--run.sample-tokens -1", "run.sample_tokens=-1"),
         ("--run.batch-size 6 --run.micro-batch-size 4", "run.batch_size=6 must be a multiple of run.micro_batch_size=4"),
+        ("--recompute.blocks 2", "recompute blocks=2 needs something to recompute"),
+        ("--recompute full --recompute.blocks -1", "recompute blocks=-1 must be 0 or more"),
+        ("--recompute full --recompute.blocks 5", "recompute blocks=5 is more than the 4 of a stage"),
+        ("--recompute mlp --recompute.shard-saved-input", 'is for mode="full", the mode is "mlp"'),
+        ("--recompute full --recompute.shard-saved-input", "shard_saved_input=True needs ranks to shard over and tp is 1"),
+        (
+            "--tp 2 --parallel.sequence-parallel --recompute full --recompute.shard-saved-input",
+            "with sequence parallelism, whose inputs are sharded already",
+        ),
         ("--model.positions learned --model.max-positions 8", "data.sequence_length=256 is longer than model.max_positions=8"),
     ],
 )
@@ -152,12 +163,14 @@ def test_micro_batches_by_their_size_or_their_number():
 def test_overrides_and_aliases_win_over_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
-    short = "--corpus b --tokenizer bytes --save-every 5 --resume --tp 3 --steps 9 --out o --seed 4"
+    short = "--corpus b --tokenizer bytes --save-every 5 --resume --tp 3 --steps 9 --out o --seed 4 --recompute mlp"
     long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
+    long += " --recompute.mode mlp"
     config = load_config(path, short.split())
     assert config == load_config(path, long.split())
     assert config.data == dataclasses.replace(DataConfig(), corpus="b", tokenizer="bytes")
     assert config.parallel.tp == 3
+    assert config.recompute == RecomputeConfig("mlp")
     assert config.run == RunConfig(steps=9, seed=4, save_every=5, resume=True, out="o")
 
 
