@@ -2,13 +2,13 @@
 
     python -m benchmarks.recompute
 
-Four Llama blocks of 512 x 1408 with embedding and last norm, 8 heads, 2 sequences of 256 tokens, one process, two threads, gradients into
-fp32 main_grad.
+Four Llama blocks of 512 x 1408 with embedding and last norm, 8 heads, 2 sequences of 256 tokens, one process, one thread, gradients
+into fp32 main_grad.
 
 MB kept   of storages that forward made and that are alive when it has returned, each once, wherever they are held
 formula   megapar.planning.activations
-ms        of forward and backward, median repeat
-extra     time over that of `none`, median of the ratios taken within each repeat
+ms        CPU time of forward and backward, median repeat
+extra     that time over that of `none`, median of the ratios taken within each repeat
 plain     of the same blocks: torch.utils.checkpoint without leaving out what only a block's result needs
 
 Before timing, gradients must be those of `none` to the last bit.
@@ -109,7 +109,7 @@ def contender(sizes: Sizes, name: str, dtype: torch.dtype) -> Contender:
         grads.zero()
         stage(None, data[0]).backward(data[1])
 
-    return Contender(name, prepare, step, one_rank_threads=2, extra={"stage": stage, "grads": grads})
+    return Contender(name, prepare, step, extra={"stage": stage, "grads": grads})
 
 
 def kept(made: Contender, data: Any) -> int:
@@ -131,12 +131,11 @@ def check(contenders: list[Contender], data: Any) -> None:
 
 
 def measure(sizes: Sizes, dtype: torch.dtype, repeats: int) -> tuple[list[int], list[list[float]]]:
-    """In the rank: bytes by contender; wall seconds by repeat and contender."""
-    torch.set_num_threads(2)
+    """In the rank: bytes by contender; CPU seconds by repeat and contender."""
     contenders = [contender(sizes, name, dtype) for name in NAMES]
     check(contenders, draw(sizes, -1))
     found = [kept(made, draw(sizes, -1)) for made in contenders]
-    return found, interleaved(contenders, partial(draw, sizes), repeats=repeats, inner=1)[0].tolist()
+    return found, interleaved(contenders, partial(draw, sizes), repeats=repeats, inner=1)[1].tolist()
 
 
 def grid(sizes: Sizes, told: str, found: list[int], seconds: Tensor) -> tuple[Grid, list[Verdict]]:

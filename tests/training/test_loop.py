@@ -201,8 +201,8 @@ def test_recomputation_changes_no_step(ranks, whole_runs, tmp_path):
 
 
 def test_more_blocks_to_recompute_than_a_stage_has_are_refused(tmp_path):
-    config = replaced(piped(config_for(tmp_path, 1), 2, 1, "auto"), "recompute", mode="full", blocks=3)
-    with pytest.raises(ValueError, match="recompute blocks=3 is more than the 2 of a stage"):
+    config = replaced(piped(config_for(tmp_path, 1), 2, 1, "auto"), "recompute", mode="full", blocks=2)
+    with pytest.raises(ValueError, match="recompute blocks=2 is more than the 1 of a stage"):  # the other has 3, and no output projection
         loop.check_layout(config, 2)
 
 
