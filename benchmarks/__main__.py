@@ -25,6 +25,7 @@ NAMES = (
     "row_ops",
     "linear_cross_entropy",
     "training_step",
+    "recompute",
     "tensor_parallel",
     "pipeline",
     "silent_errors",

@@ -21,8 +21,9 @@ from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
 from megapar.training.loop import check_layout, make_mesh, train
 from megapar.training.report import report
 from megapar.training.text import load_text
-from megapar.training.verify import load_subject, verify
+from megapar.training.verify import verify
 from megapar.training.verify_decoder import verify_decoder
+from megapar.training.verify_subject import load_subject
 from megapar.training.verify_table import print_cases
 
 HELP = """\
@@ -37,12 +38,14 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
         megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume
         torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --tp 1 --pp 4 --chunks 1 --microbatches 8
 
-  megapar verify [module:build] [--tp N] [--sequence-parallel] [--pp N --chunks N --microbatches N --schedule KIND]
+  megapar verify [module:build] [--tp N] [--sequence-parallel] [--dp N --zero STAGE --precision KIND]
+                 [--pp N --chunks N --microbatches N --schedule KIND]
       Builds your model once alone and once in parallel from one seed, runs a step, and compares outputs, loss
       and every raw gradient with the promised bounds. Without a model it proves megapar's own decoder.
 
         megapar verify my_model:build --tp 2
         megapar verify --pp 2 --chunks 2 --microbatches 5 --schedule zero_bubble
+        megapar verify --dp 2 --pp 2 --zero 3 --precision bf16
 
   megapar plan schedule [FILE.csv] --pp N [--chunks N] --microbatches N [--zero-bubble] [--out FILE.svg]
       A pipeline schedule, made or read from a file: proven, simulated, as a table and as a picture.
@@ -119,25 +122,31 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("--chunks", type=int, default=1, help="stages a pipeline rank (default: 1)")
     parser.add_argument("--microbatches", type=int, help="micro-batches of the pipeline's step (default: pp + 1)")
     parser.add_argument("--schedule", choices=KINDS, help="default: 1f1b, interleaved with several chunks")
+    parser.add_argument("--dp", type=int, default=1, help="replicas that share a step's micro-batches (default: 1)")
+    parser.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO over dp (default: 1 if dp is above 1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of parameters (default: fp32)")
     parser.add_argument("--sequence-parallel", action="store_true", help="pass sequence_parallel=True to build")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compare (default: cpu, where fp64 is at home)")
     asked = parser.parse_args(arguments)
-    tp, pp = (2 if asked.pp == 1 else 1) if asked.tp is None else asked.tp, asked.pp
-    if min(tp, pp) < 1 or tp * pp < 2:
-        raise ValueError(f"--tp {tp} --pp {pp} leaves nothing to compare: give 2 or more of one, 1 or more of the other")
+    pp, dp, sharded = asked.pp, asked.dp, asked.zero is not None or asked.precision != "fp32"
+    tp = asked.tp if asked.tp is not None else 2 if pp == dp == 1 and not sharded else 1
+    if min(tp, dp, pp) < 1 or (tp * dp * pp < 2 and not sharded):
+        raise ValueError(f"--tp {tp} --dp {dp} --pp {pp} leaves nothing to compare: give 2 or more of one, 1 or more of the others")
     if pp == 1 and (asked.chunks != 1 or asked.microbatches is not None or asked.schedule):
         raise ValueError("--chunks, --microbatches and --schedule are for pipelines: give --pp 2 or more, or leave them out")
     microbatches = pp + 1 if asked.microbatches is None else asked.microbatches
     schedule = None if pp == 1 else make_schedule(asked.schedule, pp, asked.chunks, microbatches)
     if not _under_torchrun():
-        return launch(["verify", *arguments], ranks_wanted("auto", tp * pp, asked.device))
+        return launch(["verify", *arguments], ranks_wanted("auto", tp * dp * pp, asked.device))
     subject = load_subject(asked.target, asked.sequence_parallel) if asked.target else None
     mesh = ParallelMesh(tp=tp, pp=pp, device=asked.device if asked.device == "cpu" else None)
     with named_failures(mesh):
-        cases = verify_decoder(mesh, schedule) if subject is None else {asked.target: verify(subject, mesh, schedule)}
+        how = (mesh, schedule, asked.zero, asked.precision)
+        cases = verify_decoder(*how) if subject is None else {asked.target: verify(subject, *how)}
     if mesh.world.rank == 0:
         pipeline = "" if schedule is None else f", pp={pp}, {asked.chunks} chunks, {microbatches} micro-batches"
-        print_cases(cases, f"tp={tp}{pipeline}", each=subject is not None)
+        zero = f", dp={dp}, ZeRO-{1 if asked.zero is None else asked.zero}, {asked.precision}" if dp > 1 or sharded else ""
+        print_cases(cases, f"tp={tp}{zero}{pipeline}", asked.precision, each=subject is not None)
     mesh.close()
     return 0 if all(check.passed for checks in cases.values() for check in checks) else 1
 

@@ -107,7 +107,7 @@ def test_doctor(capsys):
         ("train c.toml --tokenizer characters --run.prompt ? --tp 2 --nproc 2", "'?' (U+003F)"),
         ("train c.toml --out c.txt/out", "run.out=c.txt/out cannot hold the metrics"),
         ("train c.toml --resume --out new", "new/checkpoints holds no checkpoint to resume from"),
-        ("verify --tp 1", "--tp 1 --pp 1 leaves nothing to compare"),
+        ("verify --tp 1", "--tp 1 --dp 1 --pp 1 leaves nothing to compare"),
     ],
 )
 def test_refusals_are_one_sentence_and_status_2(folder, capsys, monkeypatch, arguments, told):

@@ -12,7 +12,7 @@ All in fp64, a few dozen numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,16 @@ class StepState:
     def applied_steps(self) -> Tensor:
         """[n]: how many steps each row's parameters have taken."""
         return self.counters[:, 0]
+
+    def progress(self) -> dict[str, float]:
+        """What is to be saved, as plain numbers: the most steps applied, and where the loss scale is."""
+        applied, (scale, growth, hysteresis) = self.applied_steps.tolist(), self.scalars[3:].tolist()
+        return {"applied_steps": max(applied, default=0.0), "loss_scale": scale, "growth": growth, "hysteresis": hysteresis}
+
+    def restore(self, progress: Mapping[str, float]) -> None:
+        """Goes on from what `progress` told, for all rows."""
+        self.applied_steps.fill_(progress["applied_steps"])
+        self.scalars[2:].copy_(torch.tensor([0.0, *(progress[name] for name in ("loss_scale", "growth", "hysteresis"))]))
 
 
 def step_state_(

@@ -7,7 +7,7 @@ ceil(t / tp) with sequence parallelism; r is 1 for RMSNorm and 2 for LayerNorm, 
     q, k, v          turned, or as they were projected                t (n + 2 k) d e
     attention        its output, fp32 log-sum-exp                     t n d e + 4 t n      not with `attention`
                      turned q come head by head and so does what      t n d e              not with `attention`,
-                     they find: the projection takes a copy                                not with learned positions
+                     they find: the projection takes a copy                                learned positions, one head
                      where the mask is dense, its copy in the dtype   t s e                not with `attention`
     mlp              the pre-activation                               g t f e
                      the activation                                   t f e                not with `mlp`
@@ -70,7 +70,7 @@ def _block(config: DecoderConfig, t: int, c: int, tp: int, recompute: Recompute,
     f, wide = stop - start, 2 if config.activation == "swiglu" else 1
     kept = 4 * c * h * e + 8 * c * _statistics(config) + t * (n + 2 * k) * d * e + wide * t * f * e
     if mode != "attention":
-        kept += (2 if config.positions == "rope" else 1) * t * n * d * e + 4 * t * n + t * dense_mask * e
+        kept += (2 if config.positions == "rope" and n > 1 else 1) * t * n * d * e + 4 * t * n + t * dense_mask * e
     return kept if mode == "mlp" else kept + t * f * e
 
 

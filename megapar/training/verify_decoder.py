@@ -13,7 +13,8 @@ from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder, DecoderStage
 from megapar.params import split
 from megapar.pipeline.schedule import Schedule
-from megapar.training.verify import SEED, Check, Subject, language_model_loss, random_tokens, verify
+from megapar.training.verify import Check, verify
+from megapar.training.verify_subject import SEED, Subject, language_model_loss, random_tokens
 
 VOCAB_SIZE = 61
 STYLES = {
@@ -25,14 +26,16 @@ STYLES = {
 }
 
 
-def verify_decoder(mesh: ParallelMesh, schedule: Schedule | None = None) -> dict[str, list[Check]]:
+def verify_decoder(
+    mesh: ParallelMesh, schedule: Schedule | None = None, zero_stage: int | None = None, precision: str = "fp32"
+) -> dict[str, list[Check]]:
     """The checks of each style, without and with sequence parallelism, by a line that names the case."""
     found = {}
     for (style, config), sequence_parallel in product(STYLES.items(), (False, True) if mesh.tp.size > 1 else (False,)):
         if schedule is not None:
             config = replace(config, layers=max(config.layers, schedule.stages + 1))  # one stage has a layer more
         name = f"{style}{', sequence parallel' if sequence_parallel else ''}"
-        found[name] = verify(_subject(config, sequence_parallel), mesh, schedule)
+        found[name] = verify(_subject(config, sequence_parallel), mesh, schedule, zero_stage, precision)
     return found
 
 

@@ -9,10 +9,16 @@ from rich.table import Table
 
 from megapar.training.verify import Check
 
+BOUNDS = {
+    "fp32": "|error| <= max(4 x fp32 error against fp64, 1e-6 x the largest)",
+    "bf16": "||error|| <= max(2 x bf16 error against fp64, a rounding of each element)",
+    "fp16": "||error|| <= max(2 x fp16 error against fp64, a rounding of each element)",
+}
 
-def print_cases(cases: Mapping[str, list[Check]], layout: str, *, each: bool) -> None:
+
+def print_cases(cases: Mapping[str, list[Check]], layout: str, precision: str = "fp32", *, each: bool) -> None:
     """A table of every check (`each`), or a line a case with the check that comes nearest to its bound; then the verdict."""
-    table = Table(title=f"{layout} against one process: |error| <= max(4 x fp32 error against fp64, 1e-6 x the largest)")
+    table = Table(title=f"{layout} against one process: {BOUNDS[precision]}")
     for column in ("model", "what"):
         table.add_column(column)
     for column in ("worst error", "bound", "error / bound", ""):

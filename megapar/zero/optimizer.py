@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,23 +29,11 @@ from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
 from megapar.zero.setup import AdamW, Options, check_count, check_unchanged, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, fill
-from megapar.zero.update import Shard, apply_adamw, step_totals
+from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
 from megapar.zero.weights import Weights
 
 BUCKET_BYTES = 32 << 20
 """Of fp32 gradients."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one step, 0-d tensors on the device: the norm of the mean gradient before clipping, the loss scale of the next backward, and 1 if
-    the step was skipped. count: of all ranks. shared: what `step` was given of that name, summed over all ranks."""
-
-    grad_norm: Tensor
-    loss_scale: Tensor
-    skipped: Tensor
-    count: Tensor
-    shared: Tensor
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -257,16 +244,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return {"groups": groups, "progress": self.progress(), "boxes": as_saved(self.boxes())}
 
     def progress(self) -> dict[str, Any]:
-        """What a step changes beside weights and moments, as plain numbers: updates made, steps skipped, where the loss scale is."""
-        state, applied = self.step_state, self.step_state.applied_steps.tolist()
-        growth, hysteresis = state.scalars[4:].tolist()
-        scale = {"loss_scale": float(state.loss_scale), "growth": growth, "hysteresis": hysteresis}
-        return {"applied_steps": int(max(applied)), "skipped_steps": self.skipped_steps, **scale}
+        """What a step changes beside weights and moments, as plain numbers."""
+        return {**self.step_state.progress(), "skipped_steps": self.skipped_steps}
 
     def set_progress(self, told: Mapping[str, Any]) -> None:
         """Goes on from what `progress` told."""
-        self.step_state.applied_steps.fill_(told["applied_steps"])
-        self.step_state.scalars[2:].copy_(torch.tensor([0.0, told["loss_scale"], told["growth"], told["hysteresis"]]))
+        self.step_state.restore(told)
         self._skipped_before = told["skipped_steps"]
 
     @torch.no_grad()

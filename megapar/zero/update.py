@@ -38,6 +38,18 @@ class Shard:
             yield at - start, piece.numel, seed_of(piece.name), place_of(piece)
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, 0-d tensors on the device: the norm of the mean gradient before clipping, the loss scale of the next backward, and 1 if
+    the step was skipped. count: of all ranks. shared: what `step` was given of that name, summed over all ranks."""
+
+    grad_norm: Tensor
+    loss_scale: Tensor
+    skipped: Tensor
+    count: Tensor
+    shared: Tensor
+
+
 def step_totals(grads: GradBuckets, specs: Sequence[ParamSpec], mesh: ParallelMesh, count: Any, shared: Sequence[float | Tensor]) -> Tensor:
     """Of all ranks, float64: sum of squares, elements that are not finite, zeros (not counted); the count; what is shared.
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.models.config import DecoderConfig
-from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megapar.training.config import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+)
 from megapar.training.config_file import from_dict, load_config, micro_batch_size, to_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -80,6 +89,8 @@ def test_unknown_key_names_the_nearest(values, key, nearest):
         ("optimizer", "max_norm", "none", "float | None"),
         ("parallel", "device", "tpu", "'cpu'"),
         ("model", "norm", "batch", "'rms' or 'layer'"),
+        ("recompute", "mode", "selective", "'none' or 'full' or 'attention' or 'mlp'"),
+        ("precision", "kind", "fp8", "'fp32' or 'bf16' or 'fp16'"),
         ("model", "kv_heads", 2.0, "int | None"),
     ],
 )
@@ -120,6 +131,22 @@ def test_section_must_be_a_table():
         ("--save-every -1", "run.save_every=-1"),
         ("--run.sample-tokens -1", "run.sample_tokens=-1"),
         ("--run.batch-size 6 --run.micro-batch-size 4", "run.batch_size=6 must be a multiple of run.micro_batch_size=4"),
+        ("--recompute.blocks 2", "recompute blocks=2 needs something to recompute"),
+        ("--recompute full --recompute.blocks -1", "recompute blocks=-1 must be 0 or more"),
+        ("--recompute full --recompute.blocks 5", "recompute blocks=5 is more than the 4 of a stage"),
+        ("--recompute mlp --recompute.shard-saved-input", 'is for mode="full", the mode is "mlp"'),
+        ("--recompute full --recompute.shard-saved-input", "shard_saved_input=True needs ranks to shard over and tp is 1"),
+        (
+            "--tp 2 --parallel.sequence-parallel --recompute full --recompute.shard-saved-input",
+            "with sequence parallelism, whose inputs are sharded already",
+        ),
+        ("--zero 4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
+        ("--dp 3 --run.batch-size 16", "run.batch_size=16 must be a multiple of run.microbatches=1 x parallel.dp=3"),
+        ("--precision fp16 --precision.master none --precision.loss-scale 0", "init_scale=0.0 must be positive"),
+        ("--precision fp16 --precision.master remainder", "master='remainder' splits bfloat16 and parameters are float16"),
+        ("--precision fp32 --precision.master fp32", "master='fp32' would copy parameters that are fp32 themselves"),
+        ("--precision fp16 --precision.init-scale 0.5", "init_scale=0.5 is below min_scale=1.0"),
+        ("--precision fp16 --precision.hysteresis 0", "hysteresis=0 must be above 0"),
         ("--model.positions learned --model.max-positions 8", "data.sequence_length=256 is longer than model.max_positions=8"),
     ],
 )
@@ -143,11 +170,14 @@ def test_overrides_and_aliases_win_over_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
     short = "--corpus b --tokenizer bytes --save-every 5 --resume --tp 3 --steps 9 --out o --seed 4"
+    short += " --recompute mlp --precision bf16 --dp 2 --zero 3"
     long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
+    long += " --recompute.mode mlp --precision.kind bf16 --parallel.dp 2 --parallel.zero-stage 3"
     config = load_config(path, short.split())
     assert config == load_config(path, long.split())
     assert config.data == dataclasses.replace(DataConfig(), corpus="b", tokenizer="bytes")
     assert config.parallel.tp == 3
+    assert (config.recompute, config.precision) == (RecomputeConfig("mlp"), PrecisionConfig("bf16"))
     assert config.run == RunConfig(steps=9, seed=4, save_every=5, resume=True, out="o")
 
 

@@ -19,7 +19,7 @@ from megapar.models.pipelined import PipelinedDecoder
 from megapar.pipeline.kinds import make_schedule
 from megapar.training import loop
 from megapar.training.checkpoint import newest_checkpoint
-from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RecomputeConfig, RunConfig
 from megapar.training.examples import Examples
 from megapar.training.loop import evaluate, train
 from megapar.training.lr import learning_rate
@@ -188,6 +188,22 @@ def test_the_seed_decides(whole_runs, tmp_path):
         run(config)
     assert metrics_of(again) == metrics_of(whole_runs[1])
     assert metrics_of(other)[0]["loss"] != metrics_of(again)[0]["loss"]
+
+
+def test_recomputation_changes_no_step(ranks, whole_runs, tmp_path):
+    """A run that stops with one mode and goes on with another is the run without."""
+    whole = whole_runs[2]
+    config = replaced(replaced(whole, "run", out=str(tmp_path / "out")), "recompute", mode="full", shard_saved_input=True)
+    assert ranks.run(2, run, config, 3, "interrupt") == [[3, True, None]] * 2
+    resumed = dataclasses.replace(replaced(config, "run", resume=True), recompute=RecomputeConfig("mlp"))
+    assert all(result[:2] == [6, False] for result in ranks.run(2, run, resumed))
+    assert metrics_of(config) == metrics_of(whole) and weights_of(config, 6) == weights_of(whole, 6)
+
+
+def test_more_blocks_to_recompute_than_a_stage_has_are_refused(tmp_path):
+    config = replaced(piped(config_for(tmp_path, 1), 2, 1, "auto"), "recompute", mode="full", blocks=2)
+    with pytest.raises(ValueError, match="recompute blocks=2 is more than the 1 of a stage"):  # the other has 3, and no output projection
+        loop.check_layout(config, 2)
 
 
 def test_config_is_saved_beside_the_metrics(whole_runs):

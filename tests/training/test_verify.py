@@ -13,7 +13,8 @@ from torch import nn
 
 from megapar import ParallelMesh
 from megapar.cli import main
-from megapar.training.verify import Check, Subject, language_model_loss, load_subject, random_tokens, verify
+from megapar.training.verify import Check, verify
+from megapar.training.verify_subject import Subject, language_model_loss, load_subject, random_tokens
 
 OURS = """
     import torch
