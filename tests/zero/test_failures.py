@@ -50,8 +50,11 @@ def fails(place: str, stage: int) -> None:
         raise error
 
 
+WORDS = {"backward": "a backward: RuntimeError: boom", "step": "a step: IndexError: list index out of range"}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("place,words", [("backward", "a backward: RuntimeError: boom"), ("step", "a step: IndexError: list index out of range")])
+@pytest.mark.parametrize("place,words", WORDS.items())
 def test_a_rank_fails(ranks, place, words, stage):
     begin = time.monotonic()
     told = ranks.errors(3, fails, place, stage, timeout=14)
