@@ -15,7 +15,7 @@ from megapar.pipeline.kinds import KINDS, make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.zero_bubble import split_backward
 from megapar.planning.schedule import parse_costs, plan_schedule
-from megapar.training.config import load_config
+from megapar.training.config_file import load_config
 from megapar.training.examples import Examples
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
 from megapar.training.loop import check_layout, make_mesh, train
@@ -93,7 +93,7 @@ def _train(arguments: list[str]) -> int:
     path = Path(rest[0]) if rest and not rest[0].startswith("-") else None
     config = load_config(path, rest[1:] if path else rest)
     if not _under_torchrun():
-        ranks = ranks_wanted(known.nproc, config.parallel.tp * config.parallel.pp, config.parallel.device)
+        ranks = ranks_wanted(known.nproc, config.parallel.tp * config.parallel.dp * config.parallel.pp, config.parallel.device)
         check_layout(config, ranks)
         if ranks > 1:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.

@@ -89,7 +89,7 @@ def test_doctor(capsys):
         ("train c.toml --steps 0", "run.steps=0"),
         ("train c.toml --tp 2", "start 2 (torchrun --nproc-per-node 2, or megapar train --nproc 2)"),
         ("train c.toml --tp 2 --nproc 3", "must divide the world, which has 3 ranks"),
-        ("train c.toml --tp 2 --nproc 4", "the world has 4 ranks and parallel.tp=2 x parallel.pp=1 uses 2 of them"),
+        ("train c.toml --tp 2 --nproc 4", "the world has 4 ranks and parallel.tp=2 x parallel.dp=1 x parallel.pp=1 uses 2"),
         ("train c.toml --nproc 0", "--nproc 0 must be a number of ranks"),
         ("train c.toml --nproc=-2", "--nproc -2 must be"),
         ("train c.toml --nproc two", "--nproc two must be"),

@@ -52,17 +52,17 @@ def vocab_parallel_linear_cross_entropy(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    loss_scale: float = 1.0,
+    loss_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """The fp32 sum of the losses of vocab_parallel_cross_entropy(x weight^T, target), 0-d.
 
     x [..., h], the same on all ranks, or with `sequence_parallel` this rank's ceil(t / tp) tokens; weight [this rank's part of the
     vocabulary, h]; target int64, one for each token. loss_scale: what backward will be called with. Any other seed gives the same
     gradients too; but those of fp16 are computed in forward, at this scale, and would underflow without it. One collective forward for
-    each chunk (four fp32 numbers a token), one backward. Raises as vocab_parallel_cross_entropy does, and for loss_scale <= 0.
+    each chunk (four fp32 numbers a token), one backward. Raises as vocab_parallel_cross_entropy does, and for a number loss_scale <= 0.
     """
     axis = as_axis(tp)
-    if not loss_scale > 0:
+    if not isinstance(loss_scale, Tensor) and not loss_scale > 0:
         raise ValueError(f"loss_scale={loss_scale} must be above 0: leave it out, or pass what backward will be called with")
     sharded = sequence_parallel and axis.size > 1
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
@@ -86,13 +86,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         axis: Axis,
         sharded: bool,
         options: dict[str, Any],
-        loss_scale: float,
+        loss_scale: float | Tensor,
         needs: tuple[bool, bool],
     ) -> Tensor:
         t = index.shape[0]
         full = start_all_gather(x, axis).wait()[:t] if sharded else x
         dx = torch.empty_like(full) if needs[0] else None
         dw = weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs[1] else None
+        scale = torch.as_tensor(loss_scale, dtype=torch.float64, device=x.device).clone()  # of this step, also when the next one moves it
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         # The same on every rank, though the parts of the vocabulary may differ by one: each chunk is a collective.
         most = chunk_rows(x.device.type, -(-options["vocab_size"] // axis.size), x.element_size())
@@ -106,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += cross_entropy_loss(lse, at_target, summed, ignored[chunk], **options).sum()
             if not any(needs):
                 continue
-            seed = lse.new_full((), loss_scale).expand(lse.shape[0])
+            seed = scale.to(lse).expand(lse.shape[0])
             dlogits = cross_entropy_grad(seed, logits, index[chunk], lse, ignored[chunk], **options, overwrite=True)
             if dx is not None:
                 dx[chunk] = linear_input_grad(dlogits, weight)
@@ -115,14 +116,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dw is not None and t == 0:
             dw.zero_()
         ctx.save_for_backward(dx, dw)
-        ctx.weight, ctx.axis, ctx.sharded, ctx.loss_scale = weight, axis, sharded, loss_scale
+        ctx.weight, ctx.axis, ctx.sharded, ctx.scale = weight, axis, sharded, scale
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        ratio = dloss / ctx.loss_scale
+        ratio = dloss / ctx.scale.to(dloss)
         reducing = None
         if dx is not None:
             # In fp32: a ratio rounded to 16 bits would put the same error on every gradient (test_linear_cross_entropy.py::test_any_seed).

@@ -70,7 +70,7 @@ def _call(function: Any, x: Tensor, parameters: tuple[Tensor, Optional], axis: A
 
 def _is_plain(parameters: Sequence[Optional], axis: Axis) -> bool:
     """Whether nothing is communicated and no main_grad written: the compiler may look inside."""
-    return axis.size == 1 and all(getattr(p, "main_grad", None) is None for p in parameters)
+    return axis.size == 1 and not any(p is not None and grads.has_main_grad(p) for p in parameters)
 
 
 def _autocast(x: Tensor, parameters: tuple[Optional, ...]) -> tuple[Any, ...]:

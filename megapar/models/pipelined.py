@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megapar.batch import TokenBatch
 from megapar.grads import MainGrads
@@ -14,18 +15,21 @@ from megapar.models.config import DecoderConfig
 from megapar.models.decoder import DecoderStage
 from megapar.params import split as cut
 from megapar.pipeline.orders import one_f_one_b
+from megapar.pipeline.passes import with_sharding
 from megapar.pipeline.runtime import PipelineRunner
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.split import split_layers
 from megapar.recompute import Recompute
 from megapar.transport import start_all_gather
+from megapar.zero.optimizer import ZeroOptimizer
 
 
 class PipelinedDecoder:
     """The stages of a decoder that a schedule places on this rank; its micro-batches are TokenBatches.
 
     schedule: None runs one micro-batch a step. split: as in `split_layers`; layers cost what their products do, with sequences of
-    `sequence_length`. Gradients arrive in main_grad (`grads`). The model is the same for every mesh and schedule. Raises ValueError for
+    `sequence_length`. Gradients arrive in main_grad (`grads`). optimize: makes the ZeroOptimizer of the stages, in which gradients then
+    are, and which shards what it shards by the schedule's actions. The model is the same for every mesh and schedule. Raises ValueError for
     fewer layers than stages, and for several chunks without a pipeline, in which they would be one.
     """
 
@@ -42,6 +46,7 @@ class PipelinedDecoder:
         recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        optimize: Callable[[Sequence[nn.Module]], ZeroOptimizer] | None = None,
     ) -> None:
         schedule = schedule or one_f_one_b(mesh.pp.size, 1)
         self.config, self.vocab_size, self.mesh, self.tp = config, vocab_size, mesh, mesh.tp
@@ -54,8 +59,15 @@ class PipelinedDecoder:
             for layers, rank in zip(self.cuts, schedule.stage_to_rank, strict=True)
             if rank == mesh.pp.rank
         ]
-        self.grads = MainGrads(param for stage in self.stages for param in stage.parameters())
-        self.runner = PipelineRunner(self.stages, mesh, schedule)
+        self.optimizer = None if optimize is None else optimize(self.stages)
+        if self.optimizer is None:
+            self.grads = MainGrads(param for stage in self.stages for param in stage.parameters())
+            self.runner = PipelineRunner(self.stages, mesh, schedule)
+            return
+        self.grads, how = self.optimizer.grads, self.optimizer.options
+        prefetch = 1 if how.reshard_every == "micro_batch" else len(self.stages)
+        schedule = with_sharding(schedule, prefetch, every_micro_batch=how.reduce_every == "micro_batch")
+        self.runner = PipelineRunner(self.stages, mesh, schedule, sharding=self.optimizer.actions(schedule.stage_to_rank))
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor) -> Tensor:
@@ -67,7 +79,7 @@ class PipelinedDecoder:
             logits = self.stages[-1].logits(output, batch).view(batch.b, batch.s, -1)[:, -1].contiguous()
         else:
             param = next(self.stages[0].parameters())
-            logits = param.new_zeros((batch.b, stop - start))
+            logits = torch.zeros(batch.b, stop - start, dtype=param.dtype, device=param.device)
         return logits if pp.size == 1 else start_all_gather(logits[None], pp).wait()[self.runner.schedule.stage_to_rank[-1]]
 
 

@@ -20,8 +20,11 @@ def causal_lm_loss(model: Decoder, inputs: Tensor, targets: Tensor) -> tuple[Ten
     return token_loss(model, model.hidden(batch), batch)
 
 
-def token_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch) -> tuple[Tensor, int]:
-    """What the last stage returned, and its batch with targets, to (fp32 sum of the losses in nats, number of targets not IGNORED)."""
+def token_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch, loss_scale: float | Tensor = 1.0) -> tuple[Tensor, int]:
+    """What the last stage returned, and its batch with targets, to (fp32 sum of the losses in nats, number of targets not IGNORED).
+
+    loss_scale: what backward will be called with. Raises ValueError for a batch without targets.
+    """
     if batch.targets is None:
         raise ValueError("the batch has no targets and the loss needs one for each token: make it with TokenBatch.of(tokens, targets)")
     loss = vocab_parallel_linear_cross_entropy(
@@ -32,6 +35,7 @@ def token_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch) -> tuple[
         ignore_index=IGNORED,
         vocab_size=stage.vocab_size,
         sequence_parallel=stage.sequence_parallel,
+        loss_scale=loss_scale,
     )
     return loss, int((batch.targets != IGNORED).sum())
 

@@ -75,7 +75,7 @@ class PipelineRunner:
         self._evaluations: dict[int, Schedule] = {}
         self._recorder = Recorder(mesh.device)
 
-    def step(self, micro_batches: Sequence[Any], loss_fn: LossFunction, *, loss_scale: float = 1.0) -> StepTotals:
+    def step(self, micro_batches: Sequence[Any], loss_fn: LossFunction, *, loss_scale: float | Tensor = 1.0) -> StepTotals:
         """Forwards and backwards of one step; gradients are added to what is there.
 
         micro_batches: as many as the schedule has, the same list on every rank of a pipeline. Shapes may differ from one to the next.
@@ -112,7 +112,7 @@ class PipelineRunner:
         schedule: Schedule | None,
         micro_batches: Sequence[Any],
         loss_fn: LossFunction | None,
-        loss_scale: float | None,
+        loss_scale: float | Tensor | None,
     ) -> tuple[StepTotals, Any]:
         """Runs `schedule`, or forwards alone. what: the method that was called."""
         if self._broken:
@@ -180,13 +180,13 @@ class _Step:
         micro_batches: Sequence[Any],
         signed: Sequence[Hashable],
         loss_fn: LossFunction | None,
-        loss_scale: float | None,
+        loss_scale: float | Tensor | None,
     ) -> None:
         self.stages, self.wire, self.sharding = runner.stages, runner.wire, runner.sharding
         self.actions, self.micro_batches, self.signed = schedule.ranks[runner.mesh.pp.rank], micro_batches, signed
         self.loss_fn, self.trains = loss_fn, loss_scale is not None
         device = runner.mesh.device
-        self.seed = torch.tensor(1.0 if loss_scale is None else loss_scale, device=device)
+        self.seed = torch.as_tensor(1.0 if loss_scale is None else loss_scale, dtype=torch.float32, device=device)
         self.totals, self.output = StepTotals(torch.zeros((), device=device)), None
         self.recorder = runner._recorder if self.trains else Recorder(device)
         self.action: Action | None = None

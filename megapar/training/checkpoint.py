@@ -12,28 +12,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megapar.collectives import gather_json, raise_together
 from megapar.mesh import ParallelMesh
-from megapar.params import Modules, Piece, named_specs
+from megapar.params import Piece
+from megapar.zero.state import StateBox
 
 FORMAT = "megapar-checkpoint-1"
 MANIFEST = "manifest.json"
 
-Values = Mapping[str, Mapping[nn.Parameter, Tensor]]
-"""By kind (`weight`, `exp_avg`, ...), a tensor laid out like each parameter."""
 
-
-def save_checkpoint(folder: Path, model: Modules, values: Values, state: Mapping[str, Any], mesh: ParallelMesh) -> None:
-    """Writes `values` and the JSON-able `state`; returns, on every rank, when the folder is complete under its name.
+def save_checkpoint(folder: Path, boxes: Iterable[StateBox], state: Mapping[str, Any], mesh: ParallelMesh) -> None:
+    """Writes the boxes that this rank owns and the JSON-able `state`; returns, on every rank, when the folder is complete under its name.
 
     Raises the same sentence on every rank, leaving nothing under the name, when a rank cannot write or the folder exists.
     """
@@ -47,7 +45,7 @@ def save_checkpoint(folder: Path, model: Modules, values: Values, state: Mapping
             error = _attempt(lambda: partial.mkdir(parents=True))
     raise_together(error, mesh.world)
     written: list[dict[str, Any]] = []
-    error = _attempt(lambda: written.append(_write_rank(partial, model, values, mesh.world.rank)))
+    error = _attempt(lambda: written.append(_write_rank(partial, boxes, mesh.world.rank)))
     raise_together(error, mesh.world)
     ranks = gather_json(written[0], mesh.world)
     if mesh.world.rank == 0:
@@ -56,15 +54,15 @@ def save_checkpoint(folder: Path, model: Modules, values: Values, state: Mapping
 
 
 def load_checkpoint(
-    folder: Path, model: Modules, values: Values, mesh: ParallelMesh, accept: Callable[[dict[str, Any]], None] = lambda state: None
+    folder: Path, boxes: Iterable[StateBox], mesh: ParallelMesh, accept: Callable[[dict[str, Any]], None] = lambda state: None
 ) -> dict[str, Any]:
-    """Fills `values` in place from the folder, whatever layout wrote it, and returns its state.
+    """Fills the boxes from the folder, whatever layout wrote it, and returns its state.
 
     `accept` is given the state first and may raise ValueError to refuse it. Raises ValueError on every rank, naming the file or tensor,
     when anything is missing, cut short, edited or of another shape.
     """
     state: dict[str, Any] = {}
-    error = _attempt(lambda: state.update(_read(folder, model, values, accept)))
+    error = _attempt(lambda: state.update(_read(folder, boxes, accept)))
     raise_together(error, mesh.world)
     return state
 
@@ -108,24 +106,14 @@ def _attempt(work: Any) -> Exception | None:
     return None
 
 
-def _pieces(model: Modules, values: Values) -> Iterator[tuple[str, Piece, Tensor, bool]]:
-    """(kind, piece, this rank's part, owned) of everything that is saved."""
-    for _, param, spec in named_specs(model):
-        for kind, tensors in values.items():
-            if param in tensors:
-                for piece, view in spec.views(tensors[param]):
-                    yield kind, piece, view, spec.owner
-
-
-def _write_rank(folder: Path, model: Modules, values: Values, rank: int) -> dict[str, Any]:
+def _write_rank(folder: Path, boxes: Iterable[StateBox], rank: int) -> dict[str, Any]:
     file = f"rank-{rank:05d}.safetensors"
     tensors, entries = {}, []
-    for kind, piece, view, owned in _pieces(model, values):
-        if owned:
-            key = f"{kind}/{piece.name}@{','.join(map(str, piece.start))}"
-            tensors[key] = view.detach().cpu().contiguous()
-            box = {"shape": piece.shape, "start": piece.start, "stop": piece.stop, "dtype": str(view.dtype).removeprefix("torch.")}
-            entries.append({"kind": kind, "name": piece.name, "file": file, "key": key, **box})
+    for kind, piece, values in ((box.kind, box.piece, box.read()) for box in boxes if box.owned):
+        key = f"{kind}/{piece.name}@{','.join(map(str, piece.start))}"
+        tensors[key] = values.detach().cpu().contiguous()
+        told = {"shape": piece.shape, "start": piece.start, "stop": piece.stop, "dtype": str(values.dtype).removeprefix("torch.")}
+        entries.append({"kind": kind, "name": piece.name, "file": file, "key": key, **told})
     save_file(tensors, folder / file)
     _sync(folder / file)
     return {"entries": entries, "files": {file: {"bytes": (folder / file).stat().st_size, "sha256": _sha256(folder / file)}}}
@@ -142,15 +130,17 @@ def _commit(partial: Path, folder: Path, ranks: list[dict[str, Any]], state: Map
     _sync(folder.parent)
 
 
-def _read(folder: Path, model: Modules, values: Values, accept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _read(folder: Path, boxes: Iterable[StateBox], accept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     accept(manifest["state"])
-    boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    stored: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in manifest["tensors"]:
-        boxes.setdefault((entry["kind"], entry["name"]), []).append(entry)
+        stored.setdefault((entry["kind"], entry["name"]), []).append(entry)
     with torch.no_grad():
-        for kind, piece, view, _ in _pieces(model, values):
-            _fill(folder, piece, view, kind, boxes.get((kind, piece.name), []))
+        for box in boxes:
+            values = torch.empty_like(box.read())
+            _fill(folder, box.piece, values, box.kind, stored.get((box.kind, box.piece.name), []))
+            box.write(values)
     return dict(manifest["state"])
 
 

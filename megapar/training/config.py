@@ -1,24 +1,14 @@
-"""What a run is: frozen dataclasses, filled from a TOML file and `--section.key value` overrides."""
+"""What a run is: frozen dataclasses, which `config_file` fills from a TOML file and `--section.key value` overrides."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 from megapar.models.config import DecoderConfig
-from megapar.recompute import Recompute
 
-T = TypeVar("T")
 Schedules = Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
 
 
@@ -97,11 +87,39 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class PrecisionConfig:
+    """Formats of what is trained, and the loss scale."""
+
+    kind: Annotated[Literal["fp32", "bf16", "fp16"], tyro.conf.arg(aliases=["--precision"])] = "fp32"
+    """Of the weights; gradients and moments are fp32."""
+    master: Literal["auto", "fp32", "remainder", "none"] = "auto"
+    """What 16-bit weights are updated in: an fp32 copy; bf16: 16 bits beside the weight; the weight itself. auto: fp32."""
+    loss_scale: float | None = None
+    """A number that stays. none: fp16 has a dynamic one, the others have none."""
+    init_scale: float = 65536.0
+    """The dynamic one of the first step."""
+    growth_interval: int = 2000
+    """Steps without overflow after which it doubles."""
+    hysteresis: int = 2
+    """Steps with overflow after which it halves."""
+    min_scale: float = 1.0
+    """Overflow at this scale ends the run."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the model is laid out over ranks."""
 
     tp: Annotated[int, tyro.conf.arg(aliases=["--tp"])] = 1
     """Ranks that share each layer."""
+    dp: Annotated[int, tyro.conf.arg(aliases=["--dp"])] = 1
+    """Replicas of the model, each trained on its share of a step's samples."""
+    zero_stage: Annotated[int, tyro.conf.arg(aliases=["--zero"])] = 1
+    """What the replicas share: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    reduce_every: Literal["step", "micro_batch"] = "step"
+    """When gradients are summed over the replicas. micro_batch: only shards of them are kept (stages 2 and 3)."""
+    reshard_every: Literal["step", "micro_batch"] = "micro_batch"
+    """When stage 3 frees weights."""
     pp: Annotated[int, tyro.conf.arg(aliases=["--pp"])] = 1
     """Ranks that the layers are dealt to, as the stages of a pipeline."""
     chunks: Annotated[int, tyro.conf.arg(aliases=["--chunks"])] = 1
@@ -168,120 +186,5 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-
-
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a TOML file, defaults where it is silent, then the overrides.
-
-    Raises ValueError for a missing or malformed file, an unknown key (naming the nearest known one), a value of the wrong type and
-    values that contradict each other. Unknown or malformed overrides end the program with tyro's message.
-    """
-    config = Config()
-    if path is not None:
-        if not path.is_file():
-            raise ValueError(f"config {path} is not a file: give the path of a TOML file, such as configs/demo.toml")
-        try:
-            config = from_dict(Config, tomllib.loads(path.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"config {path} is not valid TOML ({error}): correct it") from error
-    if overrides:
-        config = tyro.cli(Config, default=config, args=list(overrides), prog="megapar train CONFIG", config=(tyro.conf.AvoidSubcommands,))
-    check(config)
-    return config
-
-
-def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """A config dataclass from nested dicts. Raises ValueError for unknown keys and wrong types."""
-    hints = typing.get_type_hints(kind)
-    made: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1, 0.0)[0]
-            raise ValueError(f'config key "{name}" is not known: the nearest one is "{prefix}{near}"')
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ValueError(f'config key "{name}" is {value!r} and must be a section: write [{name}]')
-            made[key] = from_dict(typing.cast(type, hints[key]), value, f"{name}.")
-        else:
-            made[key] = _convert(value, hints[key], name)
-    return kind(**made)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of JSON values; `from_dict` reads it back."""
-    return typing.cast(dict[str, Any], dataclasses.asdict(config))
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        accepted = value in arguments
-    elif origin is tuple:
-        accepted = isinstance(value, (list, tuple)) and len(value) == len(arguments)
-        value = tuple(_convert(v, h, name) for v, h in zip(value, arguments, strict=True)) if accepted else value
-    else:
-        kinds = arguments if origin is types.UnionType else (hint,)
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        accepted = any(type(value) is kind for kind in kinds)
-    if not accepted:
-        wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(hint if origin else getattr(hint, "__name__", hint))
-        raise ValueError(f'config key "{name}" is {value!r} and must be {wanted}: correct it')
-    return value
-
-
-def micro_batch_size(run: RunConfig) -> int:
-    """Samples in a micro-batch. Raises ValueError where the step cannot be cut as the config says."""
-    size, count = run.micro_batch_size, run.microbatches
-    if size is not None and count is not None and size * count != run.batch_size:
-        both = f"run.micro_batch_size={size} x run.microbatches={count}"
-        raise ValueError(f"{both} must be run.batch_size={run.batch_size}: leave one of the two out, or change them")
-    for name, divisor in (("micro_batch_size", size), ("microbatches", count)):
-        if divisor is not None and run.batch_size % divisor:
-            raise ValueError(f"run.batch_size={run.batch_size} must be a multiple of run.{name}={divisor}: change one")
-    return size if size is not None else run.batch_size // (count or 1)
-
-
-def recompute_of(config: Config) -> Recompute:
-    """What the section says. Raises ValueError where it contradicts itself."""
-    return Recompute(**dataclasses.asdict(config.recompute))
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for sizes that make no run. What depends on the corpus or the world is checked when they are known."""
-    run, optimizer = config.run, config.optimizer
-    positive = {
-        "run.steps": run.steps,
-        "run.batch_size": run.batch_size,
-        "run.micro_batch_size": 1 if run.micro_batch_size is None else run.micro_batch_size,
-        "run.microbatches": 1 if run.microbatches is None else run.microbatches,
-        "data.sequence_length": config.data.sequence_length,
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.chunks": config.parallel.chunks,
-        "parallel.timeout": config.parallel.timeout,
-        "optimizer.lr": optimizer.lr,
-        "optimizer.max_norm": 1.0 if optimizer.max_norm is None else optimizer.max_norm,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} must be above 0 and finite: change it")
-    for name in ("eval_every", "save_every", "sample_tokens"):
-        if getattr(run, name) < 0:
-            raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
-    micro_batch_size(run)
-    recompute_of(config).check(config.model.layers, config.parallel.tp, config.parallel.sequence_parallel)
-    if not 0.0 <= optimizer.warmup < 1.0:
-        raise ValueError(f"optimizer.warmup={optimizer.warmup} must lie in [0, 1), it is a share of the steps: 0.005 is the default")
-    if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
-    for name in ("min_lr", "eps", "weight_decay"):
-        if not getattr(optimizer, name) >= 0:
-            raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more: raise it")
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")
-    if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
-        lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
-        raise ValueError(f"{lengths}: raise the latter")

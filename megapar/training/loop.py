@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,16 +20,18 @@ from megapar.failures import named_failures
 from megapar.layers.attention import split_heads
 from megapar.mesh import ParallelMesh, data_parallel_size
 from megapar.models.pipelined import PipelinedDecoder, decoder_cuts
+from megapar.objectives.causal_lm import IGNORED
 from megapar.params import split
 from megapar.pipeline.kinds import make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.simulate import Timeline
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from megapar.training.config import Config, micro_batch_size, recompute_of, to_dict
+from megapar.training.config import Config
+from megapar.training.config_file import micro_batch_size, precision_of, recompute_of, to_dict
 from megapar.training.examples import Examples
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import MetricsFile, RunProgress
-from megapar.training.step import TrainStep
+from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text_together
 
 # What may differ between a run and the one that it resumes.
@@ -76,8 +78,9 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=recompute_of(config),
             seed=config.run.seed,
+            optimize=zero(config.optimizer, mesh, config.parallel, precision_of(config.precision)),
         )
-        step = TrainStep(model, config.optimizer, mesh)
+        step = TrainStep(model, mesh)
         run = _Run(config, mesh, examples, model, step)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
     # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
@@ -87,10 +90,10 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
 
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError unless the model can be cut over the config's ranks and they are `world_size`. Needs no process group."""
-    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    if data_parallel_size(world_size, tp=tp, pp=pp) > 1:
-        layout = f"parallel.tp={tp} x parallel.pp={pp}"
-        raise ValueError(f"the world has {world_size} ranks and {layout} uses {tp * pp} of them: start {tp * pp}, or raise --tp or --pp")
+    model, tp, pp, dp = config.model, config.parallel.tp, config.parallel.pp, config.parallel.dp
+    if data_parallel_size(world_size, tp=tp, pp=pp) != dp:
+        layout = f"parallel.tp={tp} x parallel.dp={dp} x parallel.pp={pp}"
+        raise ValueError(f"the world has {world_size} ranks and {layout} uses {tp * dp * pp}: start {tp * dp * pp}, or change --dp")
     split_heads(model.heads, model.kv_heads or model.heads, tp)
     split(model.ffn_size, tp, what="model.ffn_size")
     cuts = decoder_cuts(model, config.data.vocab_size, schedule_of(config), config.parallel.split, config.data.sequence_length)
@@ -107,17 +110,22 @@ def schedule_of(config: Config) -> Schedule:
     """The pipeline schedule of a step. Raises ValueError where the config's parts do not go together."""
     parallel, run = config.parallel, config.run
     kind = None if parallel.schedule == "auto" else parallel.schedule
-    return make_schedule(kind, parallel.pp, parallel.chunks, run.batch_size // micro_batch_size(run))
+    return make_schedule(kind, parallel.pp, parallel.chunks, run.batch_size // (parallel.dp * micro_batch_size(run, parallel.dp)))
 
 
 def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple[float, int]]:
-    """(sum of the losses in nats, how many) over every held-out target, by objective; `count` samples in a micro-batch."""
+    """(sum of the losses in nats, how many) over every held-out target, by objective; `count` samples in a micro-batch.
+
+    The replicas take turns, and all of them run as many micro-batches: one that has none left takes one without targets.
+    """
     found: dict[str, tuple[float, int]] = {}
-    together = step.model.runner.schedule.microbatches
+    together, dp = step.model.runner.schedule.microbatches, step.mesh.dp
     for name, batches in groupby(examples.held_out(count), key=lambda named: named[0]):
         waiting = iter([batch.to(step.mesh.device) for _, batch in batches])
-        while some := list(islice(waiting, together)):
-            (total, counted), (loss, more) = found.get(name, (0.0, 0)), step.evaluate(some)
+        while some := list(islice(waiting, together * dp.size)):
+            while len(some) % dp.size:
+                some.append(replace(some[0], targets=torch.full_like(some[0].tokens, IGNORED)))
+            (total, counted), (loss, more) = found.get(name, (0.0, 0)), step.evaluate(some[dp.rank :: dp.size])
             found[name] = (total + loss, counted + more)
     return found
 
@@ -176,15 +184,21 @@ class _Run:
     def _step(self, done: int, interrupted: list[bool]) -> bool:
         """Trains step `done` (1 to steps); whether any rank was interrupted."""
         run, start, device = self.config.run, time.perf_counter(), self.mesh.device
-        first, size = (done - 1) * run.batch_size, micro_batch_size(run)
-        self.train_step.accumulate([self.examples.batch(i, size).to(device) for i in range(first, first + run.batch_size, size)])
+        size, dp = micro_batch_size(run, self.mesh.dp.size), self.mesh.dp
+        first, last = (done - 1) * run.batch_size, done * run.batch_size
+        mine = range(first + dp.rank * size, last, dp.size * size)
+        self.train_step.accumulate([self.examples.batch(i, size).to(device) for i in mine])
         rate = self.config.optimizer
-        lr = learning_rate(done - 1, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
+        # Skipped steps have used data, not the rate.
+        applied = done - 1 - self.train_step.optimizer.skipped_steps
+        lr = learning_rate(applied, steps=run.steps, lr=rate.lr, min_lr=rate.min_lr, warmup=rate.warmup)
         result = self.train_step.update(lr, bool(interrupted))
         seconds = time.perf_counter() - start
         if self.metrics is not None and self.progress is not None:
             rest = {"tokens": result.tokens, "tokens_per_second": result.tokens / seconds, "seconds": seconds}
             record = {"step": done, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, **rest}
+            if self.train_step.optimizer.precision.scaler is not None:
+                record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}
             self.metrics.log(record)
             self.progress.step(record, (run.steps - done) * seconds)
         return result.stop
@@ -194,7 +208,8 @@ class _Run:
         return done > 0 and every > 0 and done % every == 0
 
     def _evaluate(self, done: int) -> float:
-        found = evaluate(self.train_step, self.examples, micro_batch_size(self.config.run))
+        found = evaluate(self.train_step, self.examples, micro_batch_size(self.config.run, self.mesh.dp.size))
+        self.train_step.optimizer.release()
         loss = sum(total for total, _ in found.values()) / sum(count for _, count in found.values())
         if self.metrics is not None and self.progress is not None:
             each = {name: total / count for name, (total, count) in found.items()} if len(found) > 1 else {}
@@ -205,7 +220,9 @@ class _Run:
 
     def save(self, done: int) -> None:
         state = {"step": done, "config": to_dict(self.config), "corpus": self.text.corpus_sha256, "tokenizer": self.text.tokenizer.sha256}
-        save_checkpoint(self.out / "checkpoints" / f"step-{done:08d}", self.model.stages, self.train_step.tensors(), state, self.mesh)
+        optimizer = self.train_step.optimizer
+        state["progress"] = optimizer.progress()
+        save_checkpoint(self.out / "checkpoints" / f"step-{done:08d}", optimizer.boxes(), state, self.mesh)
 
     def _resume(self) -> int:
         """Loads the newest checkpoint; the number of steps it has seen."""
@@ -213,8 +230,10 @@ class _Run:
         check_same(None if folder is None else folder.name, self.mesh.world, "the newest checkpoint")
         if folder is None:
             raise ValueError(f"{self.out / 'checkpoints'} holds no checkpoint to resume from: leave --resume out, or check run.out")
-        state = load_checkpoint(folder, self.model.stages, self.train_step.tensors(), self.mesh, lambda state: self._accept(state, folder))
-        self.train_step.set_applied_steps(state["step"])
+        optimizer = self.train_step.optimizer
+        state = load_checkpoint(folder, optimizer.boxes(), self.mesh, lambda state: self._accept(state, folder))
+        optimizer.set_progress(state["progress"])
+        optimizer.loaded()
         return int(state["step"])
 
     def _accept(self, state: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,8 @@ from megapar.models.generate import generate
 from megapar.pipeline.simulate import measured_costs, simulate
 from megapar.pipeline.timeline import draw, write_trace
 from megapar.training.checkpoint import save_checkpoint
-from megapar.training.config import Config, to_dict
+from megapar.training.config import Config
+from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
 from megapar.training.loop import Trained
 from megapar.training.metrics import read_metrics
@@ -65,8 +66,9 @@ def _save_model(trained: Trained, config: Config, mesh: ParallelMesh) -> Path:
     while folder.exists():
         number += 1
         folder = base.with_name(f"model-{number}")
-    weights = {"weight": {p: p for p in trained.model.grads.params}}
-    save_checkpoint(folder, trained.model.stages, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
+    assert trained.model.optimizer is not None
+    weights = (box for box in trained.model.optimizer.boxes() if box.kind == "weight")
+    save_checkpoint(folder, weights, {"step": trained.step, "config": to_dict(config)}, mesh)
     if mesh.world.rank == 0:
         trained.examples.text.tokenizer.save(folder / "tokenizer.json")
     return folder

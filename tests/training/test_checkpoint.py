@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from megapar import ParallelMesh
 from megapar.models.config import DecoderConfig, gpt_style
-from megapar.models.decoder import DecoderStage
 from megapar.models.pipelined import PipelinedDecoder
-from megapar.params import Piece, named_specs, seed_of
+from megapar.params import Piece, seed_of
 from megapar.pipeline.kinds import make_schedule
 from megapar.training import checkpoint
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from megapar.training.config import OptimizerConfig
-from megapar.training.step import TrainStep
+from megapar.training.step import TrainStep, zero
 
 VOCAB = 31  # a prime: no tp divides it
 MODELS = {
@@ -39,26 +38,24 @@ def expected(kind: str, piece: Piece) -> torch.Tensor:
 
 def training_at(
     config: DecoderConfig, tp: int, sequence_parallel: bool = False, pp: int = 1
-) -> tuple[ParallelMesh, list[DecoderStage], TrainStep]:
-    """The mesh, this rank's stages, and their training; in a pipeline there are two stages on each rank."""
+) -> tuple[ParallelMesh, TrainStep]:
+    """The mesh, and the training of this rank's stages; in a pipeline there are two on each rank."""
     mesh = ParallelMesh(tp=tp, pp=pp)
     schedule = make_schedule(None, pp, 2 if pp > 1 else 1, 1)
-    model = PipelinedDecoder(config, VOCAB, mesh, schedule=schedule, sequence_parallel=sequence_parallel)
-    return mesh, model.stages, TrainStep(model, OptimizerConfig(), mesh)
+    made = {"schedule": schedule, "sequence_parallel": sequence_parallel, "optimize": zero(OptimizerConfig(), mesh)}
+    return mesh, TrainStep(PipelinedDecoder(config, VOCAB, mesh, **made), mesh)
 
 
-def views(model: list[DecoderStage], step: TrainStep):
-    for kind, tensors in step.tensors().items():
-        for _, param, spec in named_specs(model):
-            for piece, view in spec.views(tensors[param].detach()):
-                yield kind, piece, view
+def fill(step: TrainStep) -> None:
+    for box in step.optimizer.boxes():
+        box.write(expected(box.kind, box.piece))
+    step.optimizer.loaded()
 
 
 def save_expected(folder: Path, config: DecoderConfig, tp: int, sequence_parallel: bool = False, pp: int = 1) -> None:
-    mesh, model, step = training_at(config, tp, sequence_parallel, pp)
-    for kind, piece, view in views(model, step):
-        view.copy_(expected(kind, piece))
-    save_checkpoint(folder, model, step.tensors(), {"step": 7, "tp": tp}, mesh)
+    mesh, step = training_at(config, tp, sequence_parallel, pp)
+    fill(step)
+    save_checkpoint(folder, step.optimizer.boxes(), {"step": 7, "tp": tp}, mesh)
 
 
 def save_all(root: Path, tp: int, pp: int, layers: int) -> None:
@@ -72,12 +69,12 @@ def load_all(root: Path, tp: int, pp: int, layers: int) -> int:
     compared = 0
     for (name, config), sequence_parallel in itertools.product(MODELS.items(), (False, True)):
         for folder in sorted(root.glob(f"{name} *")):
-            mesh, model, step = training_at(dataclasses.replace(config, layers=layers), tp, sequence_parallel, pp)
-            state = load_checkpoint(folder, model, step.tensors(), mesh)
+            mesh, step = training_at(dataclasses.replace(config, layers=layers), tp, sequence_parallel, pp)
+            state = load_checkpoint(folder, step.optimizer.boxes(), mesh)
             assert state["step"] == 7
-            for kind, piece, view in views(model, step):
-                assert torch.equal(view, expected(kind, piece)), f"{folder.name} at tp={tp}: {kind} {piece.name}"
-                compared += view.numel()
+            for box in step.optimizer.boxes():
+                assert torch.equal(box.read(), expected(box.kind, box.piece)), f"{folder.name} at tp={tp}: {box.kind} {box.piece.name}"
+                compared += box.piece.numel
     return compared
 
 
@@ -105,9 +102,9 @@ def saved(tmp_path_factory) -> Path:
 
 
 def refusal(folder: Path, config: DecoderConfig = SMALL) -> str:
-    mesh, model, step = training_at(config, 1)
+    mesh, step = training_at(config, 1)
     with pytest.raises(ValueError) as error:
-        load_checkpoint(folder, model, step.tensors(), mesh)
+        load_checkpoint(folder, step.optimizer.boxes(), mesh)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -203,7 +200,7 @@ def test_newest_is_by_number_among_complete_ones(tmp_path):
 
 def fail_to_save(root: Path, where: str, failing: int) -> list[str]:
     """The sentence of this rank for each way in which rank `failing` cannot write."""
-    mesh, model, step = training_at(SMALL, 2)
+    mesh, step = training_at(SMALL, 2)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -212,7 +209,7 @@ def fail_to_save(root: Path, where: str, failing: int) -> list[str]:
     if mesh.world.rank == failing:
         setattr(checkpoint, where, full)
     try:
-        save_checkpoint(root / where, model, step.tensors(), {}, mesh)
+        save_checkpoint(root / where, step.optimizer.boxes(), {}, mesh)
     except (OSError, ValueError) as error:
         return [str(error), sorted(path.name for path in root.iterdir())]
     finally:
@@ -229,9 +226,9 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_nothing(ranks, tmp_path, 
 
 
 def load_error(folder: Path) -> str:
-    mesh, model, step = training_at(SMALL, 2)
+    mesh, step = training_at(SMALL, 2)
     try:
-        load_checkpoint(folder, model, step.tensors(), mesh, refuse_on_last if folder.name == "fine" else lambda state: None)
+        load_checkpoint(folder, step.optimizer.boxes(), mesh, refuse_on_last if folder.name == "fine" else lambda state: None)
     except ValueError as error:
         return str(error)
     return ""

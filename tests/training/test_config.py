@@ -9,19 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.models.config import DecoderConfig
-from megapar.training.config import (
-    Config,
-    DataConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RecomputeConfig,
-    RunConfig,
-    from_dict,
-    load_config,
-    micro_batch_size,
-    to_dict,
-)
+from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megapar.training.config_file import from_dict, load_config, micro_batch_size, to_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

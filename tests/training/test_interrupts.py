@@ -15,9 +15,10 @@ import pytest
 from megapar import ParallelMesh
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint
-from megapar.training.config import OptimizerConfig, load_config
+from megapar.training.config import OptimizerConfig
+from megapar.training.config_file import load_config
 from megapar.training.metrics import read_metrics
-from megapar.training.step import TrainStep
+from megapar.training.step import zero
 
 CONFIG = """
 [model]
@@ -132,8 +133,10 @@ def test_ctrl_c_stops_all_ranks_and_keeps_what_was_done(jobs):
     folder = newest_checkpoint(job.out / "checkpoints")
     assert folder is not None
     mesh = ParallelMesh.alone()
-    model = PipelinedDecoder(load_config(job.folder / "c.toml").model, 257, mesh)
-    state = load_checkpoint(folder, model.stages, TrainStep(model, OptimizerConfig(), mesh).tensors(), mesh)
+    config = load_config(job.folder / "c.toml").model
+    model = PipelinedDecoder(config, 257, mesh, optimize=zero(OptimizerConfig(), mesh))
+    assert model.optimizer is not None
+    state = load_checkpoint(folder, model.optimizer.boxes(), mesh)
     assert state["step"] == len(records)
 
 

@@ -24,7 +24,7 @@ from megapar.training.examples import Examples
 from megapar.training.loop import evaluate, train
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import read_metrics
-from megapar.training.step import TrainStep
+from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text
 
 TIMINGS = ("seconds", "tokens_per_second")
@@ -279,8 +279,8 @@ def test_evaluation_covers_each_held_out_target_once(whole_runs):
     text = load_text(config.data)
     mesh = ParallelMesh.alone()
     model = Decoder(config.model, text.tokenizer.vocab_size, mesh, seed=1)
-    pipelined = PipelinedDecoder(config.model, text.tokenizer.vocab_size, mesh, seed=1, schedule=make_schedule(None, 1, 1, 2))
-    step = TrainStep(pipelined, config.optimizer, mesh)
+    made = {"schedule": make_schedule(None, 1, 1, 2), "optimize": zero(config.optimizer, mesh)}
+    step = TrainStep(PipelinedDecoder(config.model, text.tokenizer.vocab_size, mesh, seed=1, **made), mesh)
     losses = []
     s = config.data.sequence_length
     tokens = torch.from_numpy(text.held_out).long()

@@ -1,0 +1,157 @@
+"""A `Config` from a TOML file and `--section.key value` overrides, and what is checked of one before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from megapar.ops.step_state import LossScaling
+from megapar.optim.precision import PARAMETERS, LossScaler, Master, Precision
+from megapar.recompute import Recompute
+from megapar.training.config import Config, PrecisionConfig, RunConfig
+
+T = TypeVar("T")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a TOML file, defaults where it is silent, then the overrides.
+
+    Raises ValueError for a missing or malformed file, an unknown key (naming the nearest known one), a value of the wrong type and
+    values that contradict each other. Unknown or malformed overrides end the program with tyro's message.
+    """
+    config = Config()
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"config {path} is not a file: give the path of a TOML file, such as configs/demo.toml")
+        try:
+            config = from_dict(Config, tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"config {path} is not valid TOML ({error}): correct it") from error
+    if overrides:
+        config = tyro.cli(Config, default=config, args=list(overrides), prog="megapar train CONFIG", config=(tyro.conf.AvoidSubcommands,))
+    check(config)
+    return config
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """A config dataclass from nested dicts. Raises ValueError for unknown keys and wrong types."""
+    hints = typing.get_type_hints(kind)
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1, 0.0)[0]
+            raise ValueError(f'config key "{name}" is not known: the nearest one is "{prefix}{near}"')
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f'config key "{name}" is {value!r} and must be a section: write [{name}]')
+            made[key] = from_dict(typing.cast(type, hints[key]), value, f"{name}.")
+        else:
+            made[key] = _convert(value, hints[key], name)
+    return kind(**made)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values; `from_dict` reads it back."""
+    return typing.cast(dict[str, Any], dataclasses.asdict(config))
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        accepted = value in arguments
+    elif origin is tuple:
+        accepted = isinstance(value, (list, tuple)) and len(value) == len(arguments)
+        value = tuple(_convert(v, h, name) for v, h in zip(value, arguments, strict=True)) if accepted else value
+    else:
+        kinds = arguments if origin is types.UnionType else (hint,)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        accepted = any(type(value) is kind for kind in kinds)
+    if not accepted:
+        wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(hint if origin else getattr(hint, "__name__", hint))
+        raise ValueError(f'config key "{name}" is {value!r} and must be {wanted}: correct it')
+    return value
+
+
+def micro_batch_size(run: RunConfig, dp: int = 1) -> int:
+    """Samples in a micro-batch of one of dp replicas. Raises ValueError where the step cannot be cut as the config says."""
+    size, count = run.micro_batch_size, run.microbatches
+    replicas = f" x parallel.dp={dp}" if dp > 1 else ""
+    if size is not None and count is not None and size * count * dp != run.batch_size:
+        both = f"run.micro_batch_size={size} x run.microbatches={count}{replicas}"
+        raise ValueError(f"{both} must be run.batch_size={run.batch_size}: leave one of the two out, or change them")
+    for name, divisor in (("micro_batch_size", size), ("microbatches", count or (1 if dp > 1 else None))):
+        if divisor is not None and run.batch_size % (divisor * dp):
+            raise ValueError(f"run.batch_size={run.batch_size} must be a multiple of run.{name}={divisor}{replicas}: change one")
+    return size if size is not None else run.batch_size // ((count or 1) * dp)
+
+
+def precision_of(config: PrecisionConfig) -> Precision:
+    """What the section says. Raises ValueError where its parts do not go together."""
+    scaler = None
+    if config.loss_scale is not None:
+        scaler = LossScaler.static(config.loss_scale)
+    elif config.kind == "fp16":
+        moving = LossScaling(growth_interval=config.growth_interval, hysteresis=config.hysteresis, min_scale=config.min_scale)
+        scaler = LossScaler(config.init_scale, moving)
+    usual: Master = None if config.kind == "fp32" else "fp32"
+    masters: dict[str, Master] = {"auto": usual, "fp32": "fp32", "remainder": "remainder", "none": None}
+    master = masters[config.master]
+    return Precision(PARAMETERS[config.kind], master=master, scaler=scaler)
+
+
+def recompute_of(config: Config) -> Recompute:
+    """What the section says. Raises ValueError where it contradicts itself."""
+    return Recompute(**dataclasses.asdict(config.recompute))
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for sizes that make no run. What depends on the corpus or the world is checked when they are known."""
+    run, optimizer = config.run, config.optimizer
+    positive = {
+        "run.steps": run.steps,
+        "run.batch_size": run.batch_size,
+        "run.micro_batch_size": 1 if run.micro_batch_size is None else run.micro_batch_size,
+        "run.microbatches": 1 if run.microbatches is None else run.microbatches,
+        "data.sequence_length": config.data.sequence_length,
+        "parallel.tp": config.parallel.tp,
+        "parallel.dp": config.parallel.dp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.chunks": config.parallel.chunks,
+        "parallel.timeout": config.parallel.timeout,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.max_norm": 1.0 if optimizer.max_norm is None else optimizer.max_norm,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be above 0 and finite: change it")
+    for name in ("eval_every", "save_every", "sample_tokens"):
+        if getattr(run, name) < 0:
+            raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
+    micro_batch_size(run, config.parallel.dp)
+    precision_of(config.precision)
+    if config.parallel.zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"parallel.zero_stage={config.parallel.zero_stage} must be 0, 1, 2 or 3: 1 is the default")
+    recompute_of(config).check(config.model.layers, config.parallel.tp, config.parallel.sequence_parallel)
+    if not 0.0 <= optimizer.warmup < 1.0:
+        raise ValueError(f"optimizer.warmup={optimizer.warmup} must lie in [0, 1), it is a share of the steps: 0.005 is the default")
+    if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):
+        raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
+    for name in ("min_lr", "eps", "weight_decay"):
+        if not getattr(optimizer, name) >= 0:
+            raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more: raise it")
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")
+    if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
+        lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
+        raise ValueError(f"{lengths}: raise the latter")
