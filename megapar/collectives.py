@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapar.grads import has_main_grad
 from megapar.mesh import Axis
 from megapar.params import Interval, spec_of
 from megapar.transport import host_device, start_all_gather, start_all_reduce, start_reduce_scatter
@@ -161,7 +162,7 @@ def with_summed_grad(param: Tensor) -> Tensor:
     With a main_grad the partial sums are accumulated and summed once, at the end of the step (`grads.MainGrads.finish`).
     """
     spec = spec_of(param)
-    if spec is None or spec.grad_sum is None or getattr(param, "main_grad", None) is not None:
+    if spec is None or spec.grad_sum is None or has_main_grad(param):
         return param
     return copy_to(param, spec.grad_sum)
 

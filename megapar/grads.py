@@ -28,7 +28,7 @@ def accumulate(param: Tensor, write: Write) -> bool:
 
     False, and nothing is called, for a parameter without main_grad, whose gradient autograd delivers.
     """
-    if getattr(param, "main_grad", None) is None:
+    if not has_main_grad(param):
         return False
     waiting = _waiting(param)
     if waiting is None:
@@ -36,6 +36,11 @@ def accumulate(param: Tensor, write: Write) -> bool:
     else:
         waiting.append(lambda: _write_now(param, write))
     return True
+
+
+def has_main_grad(param: Tensor) -> bool:
+    """Whether the parameter's gradient goes to a main_grad, which may not exist yet: `MainGrads` may make it at the first write."""
+    return getattr(param, "_main_grads", None) is not None
 
 
 def is_deferred(param: Tensor) -> bool:
@@ -50,9 +55,12 @@ def _waiting(param: Tensor) -> list[Callable[[], None]] | None:
 
 def _write_now(param: Any, write: Write) -> None:
     # beta is 0 for the first write since `MainGrads.zero`, which therefore clears nothing in memory (test_grads.py::test_accumulate).
+    main_grads: MainGrads = param._main_grads
+    target = main_grads.target(param)
     beta = 1.0 if param._main_grad_written else 0.0
     param._main_grad_written = True
-    write(param.main_grad, beta)
+    write(target, beta)
+    main_grads.written(param)
 
 
 def add(param: Tensor, grad: Tensor) -> None:
@@ -100,12 +108,27 @@ class MainGrads:
         self.params: list[Any] = [p for p in dict.fromkeys(params) if p.requires_grad]
         self._hooks: list[RemovableHandle] = []
         for param in self.params:
-            if getattr(param, "main_grad", None) is not None:
+            if has_main_grad(param):
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} already has a main_grad: detach() the other MainGrads first")
         for param in self.params:
-            param.main_grad = torch.empty_like(param, dtype=dtype, requires_grad=False)
+            param._main_grads = self
             self._hooks.append(param.register_post_accumulate_grad_hook(_move_grad))
+        self.dtype = dtype
+        self.allocate()
         self.zero()
+
+    def allocate(self) -> None:
+        """Makes the gradients' memory."""
+        for param in self.params:
+            param.main_grad = torch.empty_like(param, dtype=self.dtype, requires_grad=False)
+
+    def target(self, param: Any) -> Tensor:
+        """Where the next write to a gradient goes."""
+        main_grad: Tensor = param.main_grad
+        return main_grad
+
+    def written(self, param: Any) -> None:
+        """Called after each write."""
 
     def zero(self) -> None:
         """Makes the next write to each main_grad overwrite it."""
@@ -140,7 +163,7 @@ class MainGrads:
         for hook in self._hooks:
             hook.remove()
         for param in self.params:
-            del param.main_grad, param._main_grad_written
+            del param.main_grad, param._main_grad_written, param._main_grads
 
 
 def _move_grad(param: Tensor) -> None:

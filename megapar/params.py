@@ -8,6 +8,7 @@ where one fused GEMM computes with three at once. Every rank's parameter is a st
 from __future__ import annotations
 
 import hashlib
+import math
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +48,17 @@ class Piece:
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
 
     @property
+    def box(self) -> tuple[int, ...]:
+        """The shape of the box."""
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.box)
+
+    @property
     def is_whole(self) -> bool:
-        return self.shape == tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return self.shape == self.box
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class ParamSpec:
         once a step, by `grads.MainGrads.finish`.
     owner: whether this rank's copy counts in norms and is saved; of several equal copies exactly one is owned.
     decay: whether weight decay applies: to matrices, not to biases and gains.
+    unit: elements of the local tensor that ZeRO's shards keep together (a quantisation block, a matrix).
     defers: whether its layer hands the gradient to `grads.accumulate`, so that it can be computed after that of the layer's input.
     """
 
@@ -72,6 +83,7 @@ class ParamSpec:
     tie: Axis | None = None
     owner: bool = True
     decay: bool = True
+    unit: int = 1
     defers: bool = False
 
     @property

@@ -127,8 +127,8 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return _Messages(works, lambda: x.add_(other))
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """Starts joining every rank's [c, ...] into [size * c, ...]."""
+def start_all_gather(x: Tensor, axis: Axis, tag: int = 0) -> Pending:
+    """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order."""
     x = x.contiguous()
     memory = _memory(x, axis)
     if memory is not None:
@@ -137,35 +137,44 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     if x.device.type != "cpu":
         return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
     parts = out.view(axis.size, *x.shape).unbind()
-    works = _exchange([x] * axis.size, parts, axis)
+    works = _exchange([x] * axis.size, parts, axis, tag)
     parts[axis.rank].copy_(x)
     return _Messages(works, lambda: out)
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """Starts summing [t, ...] over the axis; this rank gets rows [rank * c, (rank + 1) * c), c = ceil(t / size), zeros past t."""
+def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = None, native: bool = True, tag: int = 0) -> Pending:
+    """Starts summing [t, ...] over the axis; this rank gets rows [rank * c, (rank + 1) * c), c = ceil(t / size), zeros past t.
+
+    dtype: of the sum, that of `x` by default; the terms travel as they are. native: on CUDA, NCCL's own, which adds in an order and with
+    roundings of its choice; otherwise as on CPU, in rank order and at least fp32.
+    """
     c = -(-x.shape[0] // axis.size)
     if c * axis.size != x.shape[0]:
         x = torch.cat([x, x.new_zeros((c * axis.size - x.shape[0], *x.shape[1:]))])
-    x = x.contiguous()
+    x, dtype = x.contiguous(), dtype or x.dtype
     memory = _memory(x, axis)
     if memory is not None:
         rows = slice(axis.rank * c, (axis.rank + 1) * c)
-        return memory.start(Kind.REDUCE_SCATTER, x, lambda parts: _ordered_sum([part[rows] for part in parts]))
-    if x.device.type != "cpu":
+        return memory.start(Kind.REDUCE_SCATTER, x, lambda parts: _ordered_sum([part[rows] for part in parts], dtype=dtype))
+    if x.device.type != "cpu" and native:
+        x = x.to(dtype)
         out = x.new_empty((c, *x.shape[1:]))
         return _Messages([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
+    if x.device.type != "cpu":
+        exchanged = torch.empty_like(x)
+        work = dist.all_to_all_single(exchanged, x, group=group_of(axis), async_op=True)
+        return _Messages([work], lambda: _ordered_sum(exchanged.view(axis.size, c, *x.shape[1:]).unbind(), dtype=dtype))
     mine = x.view(axis.size, c, *x.shape[1:]).unbind()
     received = [torch.empty_like(part) for part in mine]
     received[axis.rank] = mine[axis.rank]
-    works = _exchange(mine, received, axis)
-    return _Messages(works, lambda: _ordered_sum(received))
+    works = _exchange(mine, received, axis, tag)
+    return _Messages(works, lambda: _ordered_sum(received, dtype=dtype))
 
 
-def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis) -> Works:
+def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis, tag: int = 0) -> Works:
     """Starts sending sends[r] to every other rank r of the axis, and receiving receives[r] from it. Messages of a pair keep their order."""
     others = [(axis.rank + i) % axis.size for i in range(1, axis.size)]
-    return [start_receive(receives[r], axis, r, 0) for r in others] + [start_send(sends[r], axis, r, 0) for r in others]
+    return [start_receive(receives[r], axis, r, tag) for r in others] + [start_send(sends[r], axis, r, tag) for r in others]
 
 
 def _memory(x: Tensor, axis: Axis) -> SharedMemory | None:
@@ -174,12 +183,13 @@ def _memory(x: Tensor, axis: Axis) -> SharedMemory | None:
     return memory if memory is not None and x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= memory.slot else None
 
 
-def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Rank by rank, in at least fp32, rounded once; into `out` if given."""
-    if len(parts) == 2:
+def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Rank by rank, in at least fp32, rounded once to `dtype` (that of the parts by default); into `out` if given."""
+    dtype = dtype or parts[0].dtype
+    if len(parts) == 2 and dtype == parts[0].dtype:
         return torch.add(parts[0], parts[1], out=out)  # which rounds a 16-bit sum once
-    dtype = parts[0].dtype
-    total = parts[0].to(torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype, copy=True)
+    wide = torch.promote_types(parts[0].dtype, torch.float32) if dtype.is_floating_point else dtype
+    total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
         total += part
     return total.to(dtype) if out is None else out.copy_(total)

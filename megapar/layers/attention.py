@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapar.batch import TokenBatch
+from megapar.collectives import with_summed_grad
+from megapar.layers.checkpointed import checkpointed
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
+from megapar.layers.linear_function import row_linear
 from megapar.mesh import TensorParallel, as_axis
 from megapar.ops.rope import rope_angles, rope_qkv
 from megapar.params import Init, Interval, split
@@ -51,6 +54,7 @@ class Attention(nn.Module):
     """x [t, hidden_size] and its TokenBatch to [t, hidden_size]; WQ WK WV column-parallel in one GEMM, WO row-parallel.
 
     With `sequence_parallel` input and output are this rank's ceil(t / tp) tokens. `rope_theta=None` leaves positions to the embedding.
+    recompute: of what lies between the projections nothing is kept for backward, which computes it again from the fused q, k, v.
     Where ranks share a KV head, WK and WV are a layer of their own, whose gradients are summed over the ranks that share it.
     """
 
@@ -67,6 +71,7 @@ class Attention(nn.Module):
         sequence_parallel: bool = False,
         init: Init | None = None,
         out_init: Init | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,7 +85,7 @@ class Attention(nn.Module):
             head_size = hidden_size // heads
         if rope_theta is not None and head_size % 2:
             raise ValueError(f"head_size={head_size} must be even, rotary positions turn pairs: change it or use learned positions")
-        self.head_size, self.rope_theta = head_size, rope_theta
+        self.head_size, self.rope_theta, self.recompute = head_size, rope_theta, recompute
         self.q_heads, self.kv_heads = (b - a for a, b in (cut.q[self.tp.rank], cut.kv[self.tp.rank]))
         q, k, v = (
             Shards(n * head_size, head_size, name, tuple((a * head_size, b * head_size) for a, b in intervals))
@@ -96,15 +101,23 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(q, hidden_size, init=out_init or init, **common)
 
     def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
-        q_heads, kv_heads, d = self.q_heads, self.kv_heads, self.head_size
         qkv = torch.cat([self.q(x), self.kv(x)], -1) if self.shares_kv else self.qkv(x)
+        # The projection is part of what is recomputed, without its product: else its input, attention's output, would be kept for it.
+        return checkpointed(self._attend, qkv, batch, preserve_rng_state=False) if self.recompute else self._attend(qkv, batch)
+
+    def _attend(self, qkv: Tensor, batch: TokenBatch, result: bool = True) -> Tensor:
+        q_heads, kv_heads, d = self.q_heads, self.kv_heads, self.head_size
         qkv = batch.unpad(qkv)
         if self.rope_theta is None:
             q, k, v = qkv.view(batch.b, batch.s, -1, d).transpose(1, 2).split([q_heads, kv_heads, kv_heads], dim=1)
         else:
-            theta, dtype = self.rope_theta, x.dtype
+            theta, dtype = self.rope_theta, qkv.dtype
             cos, sin = batch.memo(("rope", d, theta, dtype), lambda: rope_angles(batch.position_ids, d, theta, dtype))
             q, k, v = rope_qkv(qkv, cos, sin, b=batch.b, q_heads=q_heads, kv_heads=kv_heads)
         mask = None if batch.is_causal else batch.attention_mask()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
-        return self.out(y.transpose(1, 2).reshape(batch.t, q_heads * d))
+        y = y.transpose(1, 2).reshape(batch.t, q_heads * d)
+        if result:
+            return self.out(y)
+        out, bias = self.out, None if self.out.bias is None else with_summed_grad(self.out.bias)
+        return row_linear(y, out.weight, bias, out.tp, out.sequence_parallel, result=False)

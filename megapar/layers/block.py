@@ -23,6 +23,7 @@ class DecoderBlock(nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x: Tensor, batch: TokenBatch) -> Tensor:
+    def forward(self, x: Tensor, batch: TokenBatch, result: bool = True) -> Tensor:
+        """result=False, in a recomputation: the MLP's last product is left out, and what is returned is not filled."""
         y, x = self.mlp_norm(self.attention(self.attention_norm(x), batch), residual=x)
-        return x + self.mlp(y)
+        return x + self.mlp(y, result)

@@ -69,7 +69,7 @@ class VocabParallelEmbedding(nn.Module):
 
 def embed(ids: Tensor, weight: Tensor, axis: Axis, start: int = 0, sequence_parallel: bool = False) -> Tensor:
     """Rows of a table, of which this rank of the axis has those from `start` on. The gradient goes where `grads.accumulate` says."""
-    if axis.size == 1 and getattr(weight, "main_grad", None) is None:
+    if axis.size == 1 and not grads.has_main_grad(weight):
         return F.embedding(ids, weight)
     return run_eagerly(_VocabEmbedding, ids, weight, start, axis, sequence_parallel and axis.size > 1)
 

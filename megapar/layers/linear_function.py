@@ -5,6 +5,9 @@ started, the weight gradient is computed while it runs. Under sequence paralleli
 gathered again while the input gradient is computed. `grads.accumulate` says where weight gradients go, and when. `mlp` is a
 column-parallel layer, its activation and a row-parallel layer as one function: the activation and its derivative are computed where the
 GEMMs leave their results.
+
+Weights are saved, so that autograd notices one that is written in between, but what is used is the parameter: a checkpoint hands back
+what was saved as another tensor, which has no main_grad (tests/test_recompute.py::test_main_grad_is_written_by_the_gemm).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from megapar import grads
 from megapar.collectives import run_eagerly
 from megapar.mesh import Axis
 from megapar.ops.linear import linear, linear_activation, linear_bias_grad, linear_forward, linear_input_grad, linear_weight_grad
+from megapar.ops.swiglu import swiglu
 from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 
 Optional = Tensor | None
@@ -29,8 +33,11 @@ def column_linear(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sequenc
     return _call(_ColumnLinear, x, (weight, bias), axis, sequence_parallel)
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sequence_parallel: bool) -> Tensor:
-    """[..., in / size] to [..., out] summed over the axis (tokens sharded, with sequence_parallel)."""
+def row_linear(x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sequence_parallel: bool, result: bool = True) -> Tensor:
+    """[..., in / size] to [..., out] summed over the axis (tokens sharded, with sequence_parallel); not computed without `result`."""
+    if not result:
+        x, weight, bias = _autocast(x, (weight, bias))
+        return run_eagerly(_RowLinear, x, weight, bias, axis, sequence_parallel and axis.size > 1, False)
     return _call(_RowLinear, x, (weight, bias), axis, sequence_parallel)
 
 
@@ -41,10 +48,16 @@ def mlp(
     activation: str,
     axis: Axis,
     sequence_parallel: bool,
+    *,
+    recompute: bool = False,
+    result: bool = True,
 ) -> Tensor:
-    """row_linear(activation(column_linear(x, *expand)), *down); activation "swiglu" or "gelu"."""
+    """row_linear(activation(column_linear(x, *expand)), *down); activation "swiglu" or "gelu".
+
+    recompute: the activation is not kept, backward computes it again. Without `result` the row-parallel layer is left out.
+    """
     x, *parameters = _autocast(x, (*expand, *down))
-    args = (x, *parameters, activation, axis, sequence_parallel and axis.size > 1)
+    args = (x, *parameters, activation, axis, sequence_parallel and axis.size > 1, recompute, result)
     return _MLP.apply(*args) if _is_plain(parameters, axis) else run_eagerly(_MLP, *args)
 
 
@@ -57,7 +70,7 @@ def _call(function: Any, x: Tensor, parameters: tuple[Tensor, Optional], axis: A
 
 def _is_plain(parameters: Sequence[Optional], axis: Axis) -> bool:
     """Whether nothing is communicated and no main_grad written: the compiler may look inside."""
-    return axis.size == 1 and all(getattr(p, "main_grad", None) is None for p in parameters)
+    return axis.size == 1 and not any(p is not None and grads.has_main_grad(p) for p in parameters)
 
 
 def _autocast(x: Tensor, parameters: tuple[Optional, ...]) -> tuple[Any, ...]:
@@ -72,54 +85,87 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool) -> Tensor:
         ctx.axis, ctx.sharded, ctx.bias = axis, sharded, bias
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.weight = _kept(weight)
         return linear_forward(start_all_gather(x, axis).wait() if sharded else x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
+        weight = weight if ctx.weight is None else ctx.weight
         return *_column_backward(dy, x, (weight, ctx.bias), ctx.needs_input_grad[:3], ctx.axis, ctx.sharded), None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional, axis: Axis, sharded: bool, result: bool = True) -> Tensor:
         ctx.axis, ctx.sharded, ctx.bias, ctx.t = axis, sharded, bias, x.shape[0]
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _row_forward(x, weight, bias, axis, sharded)
+        ctx.weight = _kept(weight)
+        return _row_forward(x, weight, bias, axis, sharded) if result else x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        weight = weight if ctx.weight is None else ctx.weight
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy, db = _row_gather(dy, ctx.bias, needs_bias, ctx.axis, ctx.t if ctx.sharded else None)
         dx = linear_input_grad(dy, weight) if needs_x else None
-        return dx, _weight_grad(weight, dy, lambda: x) if needs_weight else None, db, None, None
+        return dx, _weight_grad(weight, dy, lambda: x) if needs_weight else None, db, None, None, None
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, expand: Tensor, expand_bias: Optional, down: Tensor, down_bias: Optional, kind: str, axis: Axis, sharded: bool
+        ctx: Any,
+        x: Tensor,
+        expand: Tensor,
+        expand_bias: Optional,
+        down: Tensor,
+        down_bias: Optional,
+        kind: str,
+        axis: Axis,
+        sharded: bool,
+        recompute: bool,
+        result: bool,
     ) -> Tensor:
         full = start_all_gather(x, axis).wait() if sharded else x
         y, z = linear_activation(full, expand, expand_bias, kind)
         ctx.kind, ctx.axis, ctx.sharded, ctx.t, ctx.biases = kind, axis, sharded, full.shape[0], (expand_bias, down_bias)
-        ctx.save_for_backward(x if expand.requires_grad else None, expand, down, z, y if down.requires_grad else None)
-        return _row_forward(y, down, down_bias, axis, sharded)
+        keeps_y = down.requires_grad and not recompute
+        ctx.save_for_backward(x if expand.requires_grad else None, expand, down, z, y if keeps_y else None)
+        ctx.weights = _kept(expand), _kept(down)
+        return _row_forward(y, down, down_bias, axis, sharded) if result else y.new_empty((*y.shape[:-1], down.shape[0]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, expand, down, z, y = ctx.saved_tensors
+        expand, down = (saved if kept is None else kept for saved, kept in zip((expand, down), ctx.weights, strict=True))
         needs_x, needs_expand, needs_expand_bias, needs_down, needs_down_bias = ctx.needs_input_grad[:5]
         dy, d_down_bias = _row_gather(dy, ctx.biases[1], needs_down_bias, ctx.axis, ctx.t if ctx.sharded else None)
         dz = linear_input_grad(dy, down, z, ctx.kind)
+        if y is None and needs_down:
+            # Here, and not when a deferred gradient is computed: until then z would be kept, of which swiglu has twice as much.
+            y = _activated(z, ctx.kind)
         d_down = _weight_grad(down, dy, lambda: y) if needs_down else None
         needs = (needs_x, needs_expand, needs_expand_bias)
         dx, d_expand, d_expand_bias = _column_backward(dz, x, (expand, ctx.biases[0]), needs, ctx.axis, ctx.sharded)
-        return dx, d_expand, d_expand_bias, d_down, d_down_bias, None, None, None
+        return dx, d_expand, d_expand_bias, d_down, d_down_bias, *[None] * 5
+
+
+def _kept(weight: Tensor) -> Tensor | None:
+    """The weight, if it is a parameter; what autocast made of one would be kept for nothing."""
+    return weight if weight.is_leaf else None
+
+
+def _activated(z: Tensor, kind: str) -> Tensor:
+    """What `linear_activation` returned beside z, on CPU to the last bit."""
+    if kind == "swiglu":
+        return swiglu(z)
+    # A layer without inputs, whose bias is z: the activation as the fused op computes it, and no GEMM.
+    return linear_activation(z.new_empty(1, 0), z.new_empty(z.numel(), 0), z.reshape(-1), kind)[0].view(z.shape)
 
 
 def _column_backward(

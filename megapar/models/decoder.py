@@ -20,6 +20,7 @@ from megapar.layers.norm import LayerNorm, RMSNorm
 from megapar.mesh import Axis, ParallelMesh
 from megapar.models.config import DecoderConfig
 from megapar.params import Init, Interval, ParamSpec, Piece, SpecParameter, initialize
+from megapar.recompute import Recompute, apply_recompute
 
 
 class DecoderStage(nn.Module):
@@ -39,6 +40,7 @@ class DecoderStage(nn.Module):
         *,
         layers: Interval | None = None,
         sequence_parallel: bool = False,
+        recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -58,6 +60,7 @@ class DecoderStage(nn.Module):
             self.head = ColumnParallelLinear(config.hidden_size, vocab_size, bias=False, init=init, **self.common)
         if config.tied_embeddings:
             self._tie(mesh.pp_ends)
+        apply_recompute([*self.blocks.values()], recompute or Recompute(), tp=mesh.tp, sequence_parallel=self.sequence_parallel)
         initialize(self, seed, mesh.device)
 
     def forward(self, x: Tensor | None, batch: TokenBatch) -> Tensor:
@@ -118,10 +121,11 @@ class Decoder(DecoderStage):
         mesh: ParallelMesh,
         *,
         sequence_parallel: bool = False,
+        recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(config, vocab_size, mesh, sequence_parallel=sequence_parallel, seed=seed, dtype=dtype)
+        super().__init__(config, vocab_size, mesh, sequence_parallel=sequence_parallel, recompute=recompute, seed=seed, dtype=dtype)
 
     def forward(self, batch: TokenBatch | Tensor) -> Tensor:  # type: ignore[override]
         """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from megapar.pipeline.orders import one_f_one_b
 from megapar.pipeline.runtime import PipelineRunner
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.split import split_layers
+from megapar.recompute import Recompute
 from megapar.transport import start_all_gather
 
 
@@ -36,14 +39,18 @@ class PipelinedDecoder:
         split: str = "balanced",
         sequence_length: int = 1,
         sequence_parallel: bool = False,
+        recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         schedule = schedule or one_f_one_b(mesh.pp.size, 1)
         self.config, self.vocab_size, self.mesh, self.tp = config, vocab_size, mesh, mesh.tp
         self.cuts = decoder_cuts(config, vocab_size, schedule, split, sequence_length)
+        # Of every stage, so that all ranks refuse together.
+        (recompute or Recompute()).check(min(stop - start for start, stop in self.cuts), mesh.tp.size, sequence_parallel)
+        options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "recompute": recompute, "seed": seed, "dtype": dtype}
         self.stages = [
-            DecoderStage(config, vocab_size, mesh, layers=layers, sequence_parallel=sequence_parallel, seed=seed, dtype=dtype)
+            DecoderStage(config, vocab_size, mesh, layers=layers, **options)
             for layers, rank in zip(self.cuts, schedule.stage_to_rank, strict=True)
             if rank == mesh.pp.rank
         ]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megapar.grads import has_main_grad
 from megapar.mesh import ParallelMesh
 from megapar.ops.adamw import Noise, adamw_, check_options
 from megapar.ops.step_state import StepState, step_state_
@@ -149,7 +150,7 @@ class FusedAdamW(torch.optim.Optimizer):
         step_state_(state, total, scalars.new_ones(()), rows=[self._rows[p] for p in params], betas=betas, max_norm=self.max_norm)
 
     def _check_scaler(self, params: list[Tensor]) -> None:
-        if any(getattr(p, "main_grad", None) is not None for p in params):
+        if any(has_main_grad(p) for p in params):
             raise ValueError(
                 "torch.amp.GradScaler looks at .grad and a parameter has a main_grad: detach() the MainGrads, or use no scaler"
             )

@@ -16,8 +16,9 @@ def check(schedule: Schedule, limit: int | Sequence[int] | None = None) -> list[
 
     Every stage has, for every micro-batch, F and B or F, I, W, each once and on its own rank; none has a backward, or all have
     (evaluation). If anything is sent, all that crosses ranks is, and every SEND has its RECV. If anything is sharded, a stage computes only
-    between its UNSHARD and RESHARD and has one REDUCE_GRAD, after its last weight gradient. Replayed with *rendezvous* sends, the
-    strictest there are (a SEND ends only when the other rank has reached its RECV, one action at a time), every rank reaches its end.
+    between its UNSHARD and RESHARD, and has a REDUCE_GRAD after its last weight gradient, none without a new one. Replayed with
+    *rendezvous* sends, the strictest there are (a SEND ends only when the other rank has reached its RECV, one action at a time), every
+    rank reaches its end.
     `limit`: the most live activations allowed, of every rank or for each.
 
     ValueError: a sentence and the table, the failing action marked.
@@ -119,7 +120,7 @@ def _check_once(schedule: Schedule) -> None:
             if action.stage >= schedule.stages or schedule.stage_to_rank[action.stage] != rank:
                 sentence = f"{action} is on rank {rank}, which does not hold stage {action.stage}"
                 raise ValueError(marked(sentence, schedule.ranks, [(rank, index)]))
-            if action in places and action.kind not in ("UNSHARD", "RESHARD"):
+            if action in places and action.kind not in SHARDING:
                 raise ValueError(marked(f"{action} is there twice", schedule.ranks, [places[action], (rank, index)]))
             places[action] = (rank, index)
     expected = _expected(schedule, places)
@@ -153,11 +154,12 @@ def _expected(schedule: Schedule, places: Collection[Action]) -> dict[Action, No
 
 
 def _check_sharding(schedule: Schedule) -> None:
-    """Each stage computes only with whole parameters, and its gradients are reduced once, at their end."""
+    """Each stage computes only with whole parameters, and all its gradients are reduced, each once."""
     shards, reduces = schedule.has(("UNSHARD", "RESHARD")), schedule.has(("REDUCE_GRAD",))
     for rank, actions in enumerate(schedule.ranks):
         whole: set[int] = set()
-        left = Counter(a.stage for a in actions if a.kind in ("B", "W"))
+        fresh: Counter[int] = Counter()  # gradients computed since the last REDUCE_GRAD
+        reduced: dict[int, int] = {}
         for index, (kind, stage, _) in enumerate(actions):
             problem = ""
             if kind in COMPUTE and shards and stage not in whole:
@@ -166,12 +168,18 @@ def _check_sharding(schedule: Schedule) -> None:
                 problem = "gathers parameters that are whole already"
             elif kind == "RESHARD" and stage not in whole:
                 problem = "drops parameters that are not gathered"
-            elif kind == "REDUCE_GRAD" and left[stage]:
-                problem = f"reduces gradients before the last {left[stage]} of them are computed"
+            elif kind == "REDUCE_GRAD" and stage in reduced and not fresh[stage]:
+                problem = "reduces gradients that were reduced already"
             if problem:
                 raise ValueError(marked(f"{actions[index]} {problem}", schedule.ranks, [(rank, index)]))
             whole = whole | {stage} if kind == "UNSHARD" else whole - {stage} if kind == "RESHARD" else whole
-            left[stage] -= kind in ("B", "W")
-        reduced = {a.stage for a in actions if a.kind == "REDUCE_GRAD"}
-        for stage in sorted(set(left) - reduced) if reduces else ():
-            raise ValueError(marked(f"{Action('REDUCE_GRAD', stage)} is missing on rank {rank}", schedule.ranks, []))
+            if kind == "REDUCE_GRAD":
+                fresh[stage], reduced[stage] = 0, index
+            fresh[stage] += kind in ("B", "W")
+        for stage in sorted(fresh) if reduces else ():
+            action = Action("REDUCE_GRAD", stage)
+            if fresh[stage] and stage in reduced:
+                sentence = f"{action} reduces gradients before the last {fresh[stage]} of them are computed"
+                raise ValueError(marked(sentence, schedule.ranks, [(rank, reduced[stage])]))
+            if fresh[stage]:
+                raise ValueError(marked(f"{action} is missing on rank {rank}", schedule.ranks, []))

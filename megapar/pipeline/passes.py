@@ -72,21 +72,22 @@ def receives_ahead(actions: Sequence[Action]) -> list[list[Action]]:
     return ahead
 
 
-def with_sharding(schedule: Schedule, prefetch: int) -> Schedule:
+def with_sharding(schedule: Schedule, prefetch: int, *, every_micro_batch: bool = False) -> Schedule:
     """Adds UNSHARD, RESHARD and REDUCE_GRAD, for parameters and gradients that are sharded over data-parallel ranks.
 
     Whole are the parameters of the stage that computes and of the `prefetch` different stages that the rank computes next; the others are
     dropped. A rank's peak is prefetch + 1 stages, and from prefetch = chunks - 1 on every stage is gathered once a step. REDUCE_GRAD
-    follows the stage's last B or W. All data-parallel ranks of a pipeline rank have the same list, so their collectives have one order.
+    follows the stage's last B or W, with `every_micro_batch` each of them. All data-parallel ranks of a pipeline rank have the same list,
+    so their collectives have one order.
     """
     if prefetch < 0:
         raise ValueError(f"prefetch={prefetch} is negative: 0 gathers a stage right before it is used")
     if schedule.has(SHARDING):
         raise ValueError("the schedule has sharding actions already: give the one without")
-    return Schedule(tuple(_shard(actions, prefetch) for actions in schedule.ranks), schedule.stage_to_rank)
+    return Schedule(tuple(_shard(actions, prefetch, every_micro_batch) for actions in schedule.ranks), schedule.stage_to_rank)
 
 
-def _shard(actions: Sequence[Action], prefetch: int) -> tuple[Action, ...]:
+def _shard(actions: Sequence[Action], prefetch: int, every_micro_batch: bool) -> tuple[Action, ...]:
     """One rank of `with_sharding`."""
     left = Counter(a.stage for a in actions if a.kind in ("B", "W"))
     wanted = _next_stages(actions, prefetch + 1)
@@ -100,7 +101,7 @@ def _shard(actions: Sequence[Action], prefetch: int) -> tuple[Action, ...]:
         sharded.append(action)
         if action.kind in ("B", "W"):
             left[action.stage] -= 1
-            if left[action.stage] == 0:
+            if left[action.stage] == 0 or every_micro_batch:
                 sharded.append(Action("REDUCE_GRAD", action.stage))
     return (*sharded, *(Action("RESHARD", stage) for stage in whole))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megapar.grads import Deferral
+from megapar.grads import Deferral, has_main_grad
 from megapar.params import spec_of
 from megapar.pipeline.wire import Payload, described, takes_gradient
 
@@ -56,7 +56,7 @@ class Stage:
                     f"{name} of stage {self.index} is tied to another stage's, and their gradients are summed over the first and the last "
                     "rank, where the schedule does not place the first and the last stage: take one that does, or no tied weights"
                 )
-            if getattr(param, "main_grad", None) is None:
+            if not has_main_grad(param):
                 raise ValueError(
                     f"{name} of stage {self.index} is tied to another stage's, and only MainGrads sums the gradients of both: "
                     "give it the parameters before making the runner"
@@ -66,7 +66,7 @@ class Stage:
         """Prepares for split backwards. Raises ValueError if a matrix of the stage cannot have its gradient computed later."""
         for name, param in self.module.named_parameters():
             spec = spec_of(param)
-            able = spec is not None and spec.defers and getattr(param, "main_grad", None) is not None
+            able = spec is not None and spec.defers and has_main_grad(param)
             if param.requires_grad and param.dim() > 1 and not able:
                 raise ValueError(
                     f"the schedule splits backwards, and {name} of stage {self.index} cannot have its gradient computed later: "

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from megapar.models.config import DecoderConfig
+from megapar.recompute import Recompute
 
 T = TypeVar("T")
 Schedules = Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
@@ -118,6 +119,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class RecomputeConfig:
+    """What backward computes again instead of keeping it."""
+
+    mode: Annotated[Literal["none", "full", "attention", "mlp"], tyro.conf.arg(aliases=["--recompute"])] = "none"
+    """Nothing; whole blocks; what lies between attention's projections; the MLP's activation."""
+    blocks: int | None = None
+    """Only the first so many blocks of each stage; none: all of them."""
+    shard_saved_input: bool = False
+    """full: each rank of tp keeps its part of a block's input."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How long, how big, how often, and where to."""
 
@@ -154,6 +167,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -230,6 +244,11 @@ def micro_batch_size(run: RunConfig) -> int:
     return size if size is not None else run.batch_size // (count or 1)
 
 
+def recompute_of(config: Config) -> Recompute:
+    """What the section says. Raises ValueError where it contradicts itself."""
+    return Recompute(**dataclasses.asdict(config.recompute))
+
+
 def check(config: Config) -> None:
     """Raises ValueError for sizes that make no run. What depends on the corpus or the world is checked when they are known."""
     run, optimizer = config.run, config.optimizer
@@ -253,6 +272,7 @@ def check(config: Config) -> None:
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
     micro_batch_size(run)
+    recompute_of(config).check(config.model.layers, config.parallel.tp, config.parallel.sequence_parallel)
     if not 0.0 <= optimizer.warmup < 1.0:
         raise ValueError(f"optimizer.warmup={optimizer.warmup} must lie in [0, 1), it is a share of the steps: 0.005 is the default")
     if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):

@@ -25,7 +25,7 @@ from megapar.pipeline.kinds import make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.simulate import Timeline
 from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from megapar.training.config import Config, micro_batch_size, to_dict
+from megapar.training.config import Config, micro_batch_size, recompute_of, to_dict
 from megapar.training.examples import Examples
 from megapar.training.lr import learning_rate
 from megapar.training.metrics import MetricsFile, RunProgress
@@ -33,7 +33,11 @@ from megapar.training.step import TrainStep
 from megapar.training.text import load_text_together
 
 # What may differ between a run and the one that it resumes.
-FREE_TO_CHANGE = {"run": {"resume", "out", "eval_every", "save_every", "sample_tokens", "prompt"}, "parallel": {"timeout"}}
+FREE_TO_CHANGE = {
+    "run": {"resume", "out", "eval_every", "save_every", "sample_tokens", "prompt"},
+    "parallel": {"timeout"},
+    "recompute": {"mode", "blocks", "shard_saved_input"},
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             split=config.parallel.split,
             sequence_length=config.data.sequence_length,
             sequence_parallel=config.parallel.sequence_parallel,
+            recompute=recompute_of(config),
             seed=config.run.seed,
         )
         step = TrainStep(model, config.optimizer, mesh)
@@ -88,7 +93,8 @@ def check_layout(config: Config, world_size: int) -> None:
         raise ValueError(f"the world has {world_size} ranks and {layout} uses {tp * pp} of them: start {tp * pp}, or raise --tp or --pp")
     split_heads(model.heads, model.kv_heads or model.heads, tp)
     split(model.ffn_size, tp, what="model.ffn_size")
-    decoder_cuts(model, config.data.vocab_size, schedule_of(config), config.parallel.split, config.data.sequence_length)
+    cuts = decoder_cuts(model, config.data.vocab_size, schedule_of(config), config.parallel.split, config.data.sequence_length)
+    recompute_of(config).check(min(stop - start for start, stop in cuts), tp, config.parallel.sequence_parallel)
 
 
 def make_mesh(config: Config) -> ParallelMesh:

@@ -1,5 +1,7 @@
 """The passes, against torch's, and what they promise."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +53,15 @@ def test_sharding_by_hand() -> None:
     assert " ".join(with_sharding(schedule, 1).ranks_as_text()[1]) == (
         "1UNSHARD 3UNSHARD 1F0 1F1 3F0 3B0 3F1 3B1 3REDUCE_GRAD 3RESHARD 1B0 1B1 1REDUCE_GRAD 1RESHARD"
     )
+
+
+def test_gradients_reduced_at_each_micro_batch() -> None:
+    for schedule in (one_f_one_b(2, 3), split_backward(one_f_one_b(2, 3))):
+        found = with_sharding(schedule, 0, every_micro_batch=True)
+        check(found)
+        for actions in found.ranks:
+            reduced = [before.kind for before, action in pairwise(actions) if action.kind == "REDUCE_GRAD"]
+            assert reduced == ["W" if schedule.has("W") else "B"] * 3
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,281 @@
+"""Gradients that data-parallel ranks sum: accumulated in main_grad, reduced bucket by bucket while backward goes on.
+
+A *window* is what is reduced at once: a step, or a micro-batch with `reduce_every="micro_batch"`. In it each parameter is written as often
+as it is used. When the last expected write to a bucket has come it is packed and its reduction starts; what nobody expected, or nobody
+wrote, starts when the window ends. Expectations are learned from the window before, never from autograd's hooks, which fire also where a
+gradient is still to come. Buckets start in one order on all ranks, so that a rank which did not use a parameter meets the others
+(tests/zero/test_buckets.py::test_ranks_that_use_different_parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megapar.grads import MainGrads
+from megapar.mesh import Axis
+from megapar.params import spec_of
+from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.zero.layout import Bucket, Layout
+
+UNDER_WAY = 2
+"""Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
+REDUCE, GATHER = 1, 2
+"""Tags: reductions and gathers keep their own order, whatever a rank leaves out."""
+
+Window = Literal["step", "micro_batch"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How gradients are summed. every: the window. pooled: main_grad lives from a parameter's first write to its bucket's reduction, and
+    only the shard stays (stages 2 and 3). whole: every rank gets the whole sum (stage 0). dtype, payload: of main_grad, and of what
+    travels; sums are fp32. overlap: whether reductions start before the window ends. native: NCCL's own sum."""
+
+    every: Window = "step"
+    pooled: bool = False
+    whole: bool = False
+    dtype: torch.dtype = torch.float32
+    payload: torch.dtype = torch.float32
+    overlap: bool = True
+    native: bool = False
+
+
+class GradBuckets(MainGrads):
+    """The main_grads of `params`, which are the layout's entries, summed over `axis` as `how` says.
+
+    Gradients may arrive only inside `accumulating`. After `finish`, `shards[i]` is this rank's shard of the sum, with padding.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, how: Reduction) -> None:
+        self.layout, self.axis, self.how = layout, axis, how
+        self.alone = axis.size == 1
+        self._index = {param: index for index, param in enumerate(params)}
+        self._bucket = {member.index: bucket for bucket in layout.buckets for member in bucket.members}
+        self._flat: list[Tensor | None] = [None] * len(params)
+        self._uses: list[int | None] = [None] * len(params)
+        self.chunk_of: Mapping[str, int] = {}
+        self._is_open = False
+        self._expected: list[int | None] = []
+        super().__init__(params, how.dtype)
+        self._sums = list(_partial_sums(self.params))
+
+    # Memory
+
+    def allocate(self) -> None:
+        """Gradients of the whole model, unless they are pooled; shards of their own, unless a shard is a part of the whole gradient."""
+        pooled, apart = self.how.pooled and not self.alone, self.how.every == "micro_batch" and not self.alone
+        self.shards: list[Tensor] = []
+        for index, param in enumerate(self.params):
+            member = self._member(index)
+            param.main_grad = None
+            if not pooled:
+                self._allocate(index)
+            if pooled or apart:
+                shard = torch.empty(member.size, dtype=self.dtype, device=param.device)
+            else:
+                shard = self.whole(index).view(-1, member.size)[self.axis.rank]
+            self.shards.append(shard)
+
+    def _allocate(self, index: int) -> None:
+        """Room for every rank's shard; main_grad is the part without padding, which is zero and stays so."""
+        param, size = self.params[index], self._member(index).size * self.axis.size
+        flat = torch.empty(size, dtype=self.dtype, device=param.device)
+        flat[param.numel() :].zero_()
+        self._flat[index], param.main_grad = flat, flat[: param.numel()].view(param.shape)
+
+    def whole(self, index: int) -> Tensor:
+        """A gradient with room for every rank's shard, padded with zeros."""
+        flat = self._flat[index]
+        assert flat is not None
+        return flat
+
+    def _member(self, index: int) -> Any:
+        return next(member for member in self._bucket[index].members if member.index == index)
+
+    # Writes
+
+    @contextmanager
+    def accumulating(self, backwards: int, last: bool) -> Iterator[None]:
+        """Inside it `backwards` more passes over the model may write gradients; the window ends with the last of them, if it is `last`."""
+        self._passes += backwards
+        self._is_open = True
+        ends = last or self.how.every == "micro_batch"
+        passes = 1 if self.how.every == "micro_batch" else self._passes
+        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns.
+        in_turns = len(set(self.chunk_of.values())) > 1 and any(getattr(param, "_deferral", None) is not None for param in self.params)
+        if ends and self.how.overlap and not self.alone and not in_turns:
+            self._expected = [None if uses is None else uses * passes for uses in self._uses]
+        try:
+            yield
+        finally:
+            self._is_open, self._expected = False, [None] * len(self.params)
+
+    def target(self, param: Any) -> Tensor:
+        if not self._is_open:
+            raise ValueError(f"{self._name(param)} was given a gradient by a backward of yours: call optimizer.backward(loss_sum) instead")
+        if self._started[self._bucket[self._index[param]].number]:
+            raise ValueError(
+                f"{self._name(param)} was used more often than in the step before, after its gradient had been reduced: "
+                "give ZeroOptimizer overlap=False"
+            )
+        if param.main_grad is None:
+            self._allocate(self._index[param])
+        return super().target(param)
+
+    def written(self, param: Any) -> None:
+        index = self._index[param]
+        self._writes[index] += 1
+        if self._writes[index] == self._expected[index]:
+            bucket = self._bucket[index]
+            if all(self._writes[member.index] == self._expected[member.index] for member in bucket.members):
+                self._start_ready(self._chunk(bucket))
+
+    def _name(self, param: Any) -> str:
+        return self.layout.entries[self._index[param]].name
+
+    # Reductions
+
+    def _chunk(self, bucket: Bucket) -> int:
+        return self.chunk_of.get(bucket.group, 0)
+
+    def _start_ready(self, chunk: int) -> None:
+        """Starts the chunk's buckets in their order, up to the first that still expects a write."""
+        for bucket in self._waiting(chunk):
+            if any(self._writes[member.index] != self._expected[member.index] for member in bucket.members):
+                return
+            self._start(bucket)
+
+    def _waiting(self, chunk: int | None) -> list[Bucket]:
+        return [b for b in self.layout.buckets if not self._started[b.number] and (chunk is None or self._chunk(b) == chunk)]
+
+    @torch.no_grad()
+    def end_window(self, chunk: int | None = None) -> None:
+        """Starts what is left of a chunk (all of them by default), whether or not it was written, and learns from what was."""
+        if self.how.every == "step" and self.alone:
+            return
+        for bucket in self._waiting(chunk):
+            self._start(bucket)
+        if self.how.every == "step":
+            return
+        for bucket in self.layout.buckets:
+            if chunk is None or self._chunk(bucket) == chunk:
+                self._learn(bucket, 1)
+                self._started[bucket.number] = False
+
+    def _learn(self, bucket: Bucket, passes: int) -> None:
+        for member in bucket.members:
+            uses, rest = divmod(self._writes[member.index], max(passes, 1))
+            self._uses[member.index] = None if rest else uses
+            self._writes[member.index] = 0
+
+    @torch.no_grad()
+    def _start(self, bucket: Bucket) -> None:
+        """Packs a bucket and starts its reduction. Its main_grads are free, or overwritten by the next write."""
+        self._started[bucket.number] = True
+        if self.alone:
+            return
+        ranks = self.axis.size
+        packed = torch.empty(ranks, bucket.width, dtype=self.how.payload, device=self.params[bucket.members[0].index].device)
+        for index, size, offset in ((m.index, m.size, m.offset) for m in bucket.members):
+            param, part = self.params[index], packed[:, offset : offset + size]
+            if param._main_grad_written:
+                part.copy_(self.whole(index).view(ranks, size))
+            else:
+                part.zero_()
+            param._main_grad_written = False
+            if self.how.pooled:
+                self._flat[index] = param.main_grad = None
+        native = self.how.native and self.axis.size > 1
+        wide = torch.promote_types(self.how.payload, torch.float32)
+        self._under_way.append((bucket, start_reduce_scatter(packed, self.axis, dtype=wide, native=native, tag=REDUCE)))
+        while len(self._under_way) > (UNDER_WAY if self.how.overlap else 0):
+            self._collect()
+
+    def _collect(self) -> None:
+        """Waits for the oldest reduction and puts its sums into the shards."""
+        bucket, pending = self._under_way.pop(0)
+        row = pending.wait().view(-1)
+        for member in bucket.members:
+            part, shard = row[member.offset : member.offset + member.size], self.shards[member.index]
+            if self._reduced[bucket.number]:
+                shard.add_(part)
+            else:
+                shard.copy_(part)
+        self._reduced[bucket.number] = True
+
+    # The step
+
+    def zero(self) -> None:
+        """Forgets what was accumulated."""
+        count = len(self.layout.buckets)
+        self._passes, self._writes = 0, [0] * len(self.layout.entries)
+        self._expected = [None] * len(self.layout.entries)
+        self._started, self._reduced = [False] * count, [False] * count
+        self._under_way: list[tuple[Bucket, Pending]] = []
+        super().zero()
+
+    @property
+    def passes(self) -> int:
+        """Backwards since `zero`."""
+        return self._passes
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Completes the shards; with `how.whole` the main_grads too. Every rank calls it after the same number of windows."""
+        self._check_windows()
+        for bucket in self.layout.buckets:
+            if self.how.every == "step":
+                self._learn(bucket, self._passes)
+        while self._under_way:
+            self._collect()
+        if self.alone:
+            for param in self.params:
+                if not param._main_grad_written:
+                    param.main_grad.zero_()
+        self._sum_partial()
+        if self.how.whole and not self.alone:
+            self._gather_whole()
+
+    def _check_windows(self) -> None:
+        if self._waiting(None) and self.how.every == "step" and not self.alone:
+            raise ValueError("the step's last backward had last=False and its gradients are not summed yet: give the last one last=True")
+
+    def _sum_partial(self) -> None:
+        """Adds the shards of parameters whose gradient is partial over other axes: one all-reduce for each axis."""
+        pending = []
+        for axis, indices in self._sums:
+            flat = torch.cat([self.shards[index] for index in indices])
+            pending.append((indices, start_all_reduce(flat, axis)))
+        for indices, sums in pending:
+            parts = sums.wait().split([self.shards[index].numel() for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                self.shards[index].copy_(part)
+
+    def _gather_whole(self) -> None:
+        ranks = self.axis.size
+        gathers = []
+        for bucket in self.layout.buckets:
+            row = torch.cat([self.shards[member.index] for member in bucket.members])
+            gathers.append((bucket, start_all_gather(row, self.axis, GATHER)))
+            while len(gathers) > UNDER_WAY or (bucket.number == len(self.layout.buckets) - 1 and gathers):
+                done, pending = gathers.pop(0)
+                rows = pending.wait().view(ranks, -1)
+                for member in done.members:
+                    self.whole(member.index).view(ranks, -1).copy_(rows[:, member.offset : member.offset + member.size])
+
+
+def _partial_sums(params: Sequence[Any]) -> Iterator[tuple[Axis, list[int]]]:
+    """The axes over which gradients are partial, each with its parameters, in their order."""
+    found: dict[int, tuple[Axis, list[int]]] = {}
+    for index, param in enumerate(params):
+        spec = spec_of(param)
+        for axis in () if spec is None else (spec.grad_sum, spec.tie):
+            if axis is not None and axis.size > 1:
+                found.setdefault(id(axis), (axis, []))[1].append(index)
+    yield from found.values()

@@ -1,0 +1,315 @@
+"""ZeRO-1, 2 and 3 (arXiv:1910.02054) behind torch's optimizer interface; stage 0 is data parallelism.
+
+    optimizer = ZeroOptimizer(model, ParallelMesh(), stage=2, update=AdamW(lr=3e-4), precision="bf16")
+    for micro_batch in step:
+        optimizer.backward(loss_sum(model, micro_batch), last=micro_batch is step[-1])
+    result = optimizer.step(count)              # count: what this rank's sums are sums over
+
+Losses are sums, and so are gradients: they are divided once, by the count of all ranks and the loss scale, where the update reads them.
+With ordered reduction stages, bucket sizes and overlap change no bit of the weights (tests/zero/test_bitwise.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megapar.collectives import check_same, raise_together
+from megapar.failures import RemoteError, leave, named_failures
+from megapar.mesh import ParallelMesh
+from megapar.ops.step_state import StepState, step_state_
+from megapar.optim.precision import Precision
+from megapar.params import Modules
+from megapar.zero.buckets import GradBuckets, Reduction, Window
+from megapar.zero.gather import Gathers
+from megapar.zero.layout import make_layout
+from megapar.zero.setup import AdamW, Options, check_count, check_unchanged, grouped, listed
+from megapar.zero.state import ShardedState, StateBox, as_saved, fill
+from megapar.zero.update import Shard, apply_adamw, step_totals
+from megapar.zero.weights import Weights
+
+BUCKET_BYTES = 32 << 20
+"""Of fp32 gradients."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, 0-d tensors on the device: the norm of the mean gradient before clipping, the loss scale of the next backward, and 1 if
+    the step was skipped. count: of all ranks. shared: what `step` was given of that name, summed over all ranks."""
+
+    grad_norm: Tensor
+    loss_scale: Tensor
+    skipped: Tensor
+    count: Tensor
+    shared: Tensor
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """AdamW of a model whose optimizer state (stage 1), gradients (2) and parameters (3) are sharded over mesh.dp.
+
+    model: a module, or the stages that a pipeline places on this rank. Its parameters are converted to `precision`, and stay the same
+    objects. update: matrices decay and vectors do not (`ParamSpec.decay`); groups: torch's param_groups instead, dicts of `params` and
+    what differs from `update`. max_norm: of the mean gradient of the whole model, over all axes; None does not clip.
+    reduce_every: "step" reduces gradients once; "micro_batch" after each, which keeps only shards of them between (stages 2 and 3).
+    reshard_every: stage 3 frees weights after each use ("micro_batch"), or once a step. reduction: "ordered" adds in rank order, in fp32;
+    "native" is NCCL's (default on CUDA). payload: what gradients travel as. overlap: communication while backward goes on.
+    gather_ahead: stages 1 and 2 fetch updated weights while the next forward begins; until a module runs, its weights are old.
+
+    Raises ValueError, on every rank, for options that do not go together, weights that are not finite, ranks whose models differ.
+    """
+
+    def __init__(
+        self,
+        model: Modules,
+        mesh: ParallelMesh,
+        *,
+        stage: int = 1,
+        update: AdamW | None = None,
+        precision: str | Precision = "bf16",
+        max_norm: float | None = 1.0,
+        reduce_every: Window = "step",
+        reshard_every: Window = "micro_batch",
+        reduction: Literal["ordered", "native"] | None = None,
+        payload: torch.dtype = torch.float32,
+        bucket_bytes: int = BUCKET_BYTES,
+        overlap: bool = True,
+        gather_ahead: bool = False,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.mesh, self.update = mesh, update or AdamW()
+        self.chunks = [model] if isinstance(model, nn.Module) else list(model)
+        error: Exception | None = None
+        try:
+            self.options = Options(
+                stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead
+            )
+            self.precision = Precision.of(precision)
+            self._listed = found = listed(self.chunks, stage, mesh.tp.rank)
+            self.layout = make_layout(found.entries, mesh.dp.size, -(-bucket_bytes // 4))
+            super().__init__(grouped(found, self.update, groups), self.update.defaults)
+        except ValueError as caught:
+            error = caught
+        raise_together(error, mesh.world)
+        check_same([self.layout.digest, repr(self.options), repr(self.precision)], mesh.dp, "the parameters (a hash) and options")
+        self._build()
+
+    def _build(self) -> None:
+        found, mesh, options, precision = self._listed, self.mesh, self.options, self.precision
+        replicated, axis = options.stage == 0, mesh.dp
+        intervals = [(0, p.numel()) if replicated else self.layout.interval(i, axis.rank) for i, p in enumerate(found.params)]
+        self.sharded = ShardedState(found.params, found.specs, intervals, precision)
+        self.weights = Weights(found.params, self.layout, axis, precision.param, replicated=replicated, sharded=options.stage == 3)
+        native = options.reduction == "native" if options.reduction else mesh.device.type == "cuda"
+        pooled, every = options.stage >= 2, options.reduce_every
+        how = Reduction(every, pooled, replicated, precision.main_grad, options.payload, options.overlap, native)
+        self.grads = GradBuckets(found.params, self.layout, axis, how)
+        self.grads.chunk_of = found.chunk_of
+        self.gathers = Gathers(self.chunks, self.weights, after_use=options.reshard_every == "micro_batch", ahead=options.overlap)
+        self._index = {param: index for index, param in enumerate(found.params)}
+        scaler = precision.scaler
+        start: dict[str, Any] = {} if scaler is None else {"loss_scale": scaler.init_scale}
+        if scaler is not None and scaler.dynamic is not None:
+            start["hysteresis"] = scaler.dynamic.hysteresis
+        self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **start)
+        self.skipped_steps = 0
+        """Of those before the last one."""
+        self._scale_before = self.loss_scale.clone()
+        self._broken = ""
+
+    # Gradients
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """What the next backward is seeded with, float64, 0-d, on the device."""
+        return self.step_state.loss_scale
+
+    def backward(self, loss_sum: Tensor, last: bool = True) -> None:
+        """Adds the gradients of a sum of losses, a scalar; `last` says that the step's other micro-batches have been.
+
+        Raises ValueError for a loss that is no scalar or does not require a gradient.
+        """
+        if loss_sum.dim() != 0 or not loss_sum.requires_grad:
+            what = f"of shape {tuple(loss_sum.shape)}, requires_grad={loss_sum.requires_grad}"
+            raise ValueError(f"backward was given a loss {what}, and needs a scalar that the model computed: sum the losses")
+        with self.accumulating(last=last):
+            loss_sum.backward(self.loss_scale.to(loss_sum.dtype))
+
+    @contextmanager
+    def accumulating(self, backwards: int = 1, last: bool = True) -> Iterator[None]:
+        """Inside it `backwards` micro-batches may be run backward by others, seeded with `loss_scale`: by a pipeline."""
+        with self._together("a backward"):
+            with self.grads.accumulating(backwards, last):
+                yield
+            if last or self.options.reduce_every == "micro_batch":
+                self.grads.end_window()
+            if self.options.reshard_every == "micro_batch" or last:
+                self.gathers.release()
+
+    def actions(self, stage_to_rank: Sequence[int]) -> Callable[[Any], None]:
+        """What UNSHARD, RESHARD and REDUCE_GRAD of a pipeline with these stages do: `PipelineRunner(sharding=)`."""
+        chunk_of = {stage: chunk for chunk, stage in enumerate(s for s, rank in enumerate(stage_to_rank) if rank == self.mesh.pp.rank)}
+
+        def act(action: Any) -> None:
+            chunk = chunk_of[action.stage]
+            if action.kind == "REDUCE_GRAD":
+                self.grads.end_window(chunk)
+            elif action.kind == "UNSHARD" and self.weights.sharded and self.options.overlap:
+                self.gathers.start(self.gathers.units[chunk][0])
+            elif action.kind == "RESHARD":
+                for unit in self.gathers.units[chunk]:
+                    self.gathers.free(unit)
+
+        return act
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops what was accumulated since the last step; `step` does so itself."""
+        self.grads.zero()
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, count: Any = None, *, shared: Sequence[float | Tensor] = ()) -> StepResult:  # type: ignore[override]
+        """Applies the accumulated gradients, divided by the sum of all ranks' `count` and the loss scale, and clipped.
+
+        count: what this rank's losses were sums over, a number (ranks of tp: the same one; pipeline ranks without the last stage: 0).
+        Nothing waits for the device. Raises ValueError for no backward before, a count that is none, 0 counted by all ranks (on CPU), and
+        a loss scale that is at its minimum while gradients overflow.
+        """
+        self._check_step(count)
+        with self._together("a step"):
+            self.grads.finish()
+            told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
+            rest = told[3:]
+            if told.device.type == "cpu" and not float(rest[0]) > 0:
+                raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
+            scaler = self.precision.scaler
+            betas = [group["betas"] for group in self.param_groups]
+            scaling = None if scaler is None else scaler.dynamic
+            rows = list(range(len(betas)))
+            self._scale_before.copy_(self.loss_scale)
+            step_state_(self.step_state, told[:3], rest[0], rows=rows, betas=betas, max_norm=self.options.max_norm, scaling=scaling)
+            for row, group in enumerate(self.param_groups):
+                self._update(row, group)
+            self._share_weights()
+        self.grads.zero()
+        state = self.step_state
+        return StepResult(state.grad_norm.clone(), state.loss_scale.clone(), state.skip.clone(), rest[0], rest[1:])
+
+    def _update(self, row: int, group: dict[str, Any]) -> None:
+        shards = []
+        for index in (self._index[param] for param in group["params"]):
+            grad = self.grads.whole(index) if self.weights.replicated else self.grads.shards[index]
+            tensors = [self.weights.shards[index], grad, *self.sharded.moments[index], *self.sharded.masters[index : index + 1]]
+            shards.append(Shard(self._listed.specs[index], self.sharded.intervals[index], tensors))
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        apply_adamw(shards, self.step_state, row, options, self.update.seed)
+
+    def _share_weights(self) -> None:
+        """Whole weights from everybody's updated shards: now, or in stage 3 and with gather_ahead when a module needs them."""
+        if self.weights.sharded:
+            self.gathers.release()
+        elif not self.weights.replicated:
+            self.gathers.start_all()
+            if not self.options.gather_ahead:
+                self.gathers.release()
+        # Written behind autograd's back: a graph that saved the old weights must not be run backward.
+        torch.autograd.graph.increment_version(self._listed.params)
+
+    # Reading and saving
+
+    @contextmanager
+    def unshard(self) -> Iterator[None]:
+        """Inside it all weights are whole, for reading. Every rank of dp enters it."""
+        with self._together("unshard"), self.gathers.whole():
+            yield
+
+    def release(self) -> None:
+        """Frees whole weights that stage 3 need not keep: after an evaluation."""
+        self.gathers.release()
+
+    def boxes(self) -> Iterator[StateBox]:
+        """Weights and moments that this rank holds, as boxes of logical tensors; after writing to them call `loaded`."""
+        return self.sharded.boxes(self.weights.shards, self.options.stage > 0 or self.mesh.dp.rank == 0)
+
+    def loaded(self) -> None:
+        """Makes whole weights of what was written to `boxes`."""
+        self._share_weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of weights and optimizer state, as boxes of logical tensors: any layout can load those of all ranks."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return {"groups": groups, "progress": self.progress(), "boxes": as_saved(self.boxes())}
+
+    def progress(self) -> dict[str, Any]:
+        """What a step changes beside weights and moments, as plain numbers: updates made, steps skipped, where the loss scale is."""
+        state, applied = self.step_state, self.step_state.applied_steps.tolist()
+        growth, hysteresis = state.scalars[4:].tolist()
+        skipped = self.skipped_steps + int(state.skip)
+        scale = {"loss_scale": float(state.loss_scale), "growth": growth, "hysteresis": hysteresis}
+        return {"applied_steps": int(max(applied)), "skipped_steps": skipped, **scale}
+
+    def set_progress(self, told: Mapping[str, Any]) -> None:
+        """Goes on from what `progress` told."""
+        self.step_state.applied_steps.fill_(told["applied_steps"])
+        self.step_state.scalars[2:].copy_(torch.tensor([0.0, told["loss_scale"], told["growth"], told["hysteresis"]]))
+        self.skipped_steps = told["skipped_steps"]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Takes what `state_dict` returned on each rank that saved, in any layout; weights too. Every rank of the mesh calls it.
+
+        Raises ValueError on every rank, and changes nothing, for states that lack a part of this model or have other param_groups.
+        """
+        states = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        error: Exception | None = None
+        try:
+            if not states or len(states[0]["groups"]) != len(self.param_groups):
+                raise ValueError(f"the state has other param_groups than the {len(self.param_groups)} here: make them as they were saved")
+            fill(self.boxes(), [box for state in states for box in state["boxes"]])
+        except (ValueError, KeyError) as caught:
+            error = caught
+        raise_together(error, self.mesh.world)
+        for group, saved in zip(self.param_groups, states[0]["groups"], strict=True):
+            group.update({name: tuple(value) if name == "betas" else value for name, value in saved.items()})
+        self.set_progress(states[0]["progress"])
+        self.loaded()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("ZeroOptimizer cannot be copied or pickled: construct another and give it every rank's state_dict()")
+
+    # Checks
+
+    def _check_step(self, count: Any) -> None:
+        check_count(count)
+        if not self.grads.passes:
+            raise ValueError("step was called and no backward before it: call optimizer.backward(loss_sum), then step")
+        check_unchanged(self.chunks, self._listed)
+        if float(self.step_state.skip):  # of the step before, long done
+            self.skipped_steps += 1
+            dynamic = None if self.precision.scaler is None else self.precision.scaler.dynamic
+            if dynamic is not None and float(self._scale_before) <= dynamic.min_scale:
+                raise ValueError(
+                    f"the loss scale is at its minimum of {dynamic.min_scale:g} and gradients still are not finite: "
+                    "lower the learning rate, check the data, or train in bf16"
+                )
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Lets no rank wait for one that failed, and every rank end with its reason."""
+        if self._broken:
+            raise RuntimeError(f"an earlier step of this optimizer failed ({self._broken}): start the ranks again")
+        with named_failures(self.mesh):
+            try:
+                yield
+            except RemoteError:
+                self._broken = "another rank's"
+                raise
+            except BaseException as error:
+                self._broken = f"{type(error).__name__}: {error}"
+                leave(self.mesh, error, what)
+                raise

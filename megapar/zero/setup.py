@@ -1,0 +1,160 @@
+"""What a ZeroOptimizer is made of, checked before any rank waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megapar.ops.adamw import check_options
+from megapar.params import ParamSpec, named_specs, spec_of
+from megapar.zero.buckets import Window
+from megapar.zero.gather import units_of
+from megapar.zero.layout import Entry
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The update (arXiv:1711.05101). seed: rounds what is kept in bf16 alone stochastically. Raises ValueError for options out of range."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(lr=self.lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """As torch's optimizers have them."""
+        return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every rank of a ZeroOptimizer must be given alike; `ZeroOptimizer` says what each is. Raises ValueError for what is none."""
+
+    stage: int
+    max_norm: float | None
+    reduce_every: Window
+    reshard_every: Window
+    reduction: Literal["ordered", "native"] | None
+    payload: torch.dtype
+    bucket_bytes: int
+    overlap: bool
+    gather_ahead: bool
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage={self.stage} must be 0 (replicated), 1 (optimizer state), 2 (gradients) or 3 (parameters)")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm={self.max_norm} must be above 0: give None to not clip")
+        for name in ("reduce_every", "reshard_every"):
+            if getattr(self, name) not in ("step", "micro_batch"):
+                raise ValueError(f'{name}="{getattr(self, name)}" must be "step" or "micro_batch": choose one')
+        if self.reduction not in (None, "ordered", "native"):
+            raise ValueError(f'reduction="{self.reduction}" must be "ordered", "native" or None (by device): choose one')
+        if self.payload not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"payload={self.payload} must be torch.float32 or torch.bfloat16: choose one")
+        if self.bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={self.bucket_bytes} must be 1 or more: 33554432 is the default")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The parameters of the chunks that train, each once, with what is known of them; and the chunk of each group of the layout."""
+
+    params: list[nn.Parameter]
+    specs: list[ParamSpec]
+    entries: list[Entry]
+    chunk_of: dict[str, int]
+
+
+def listed(chunks: Sequence[nn.Module], stage: int, tp_rank: int) -> Listed:
+    """Plain parameters are the same on all ranks of tp and belong to the first.
+
+    Raises ValueError for a model without parameters, on meta, on several devices, or with values that are not finite.
+    """
+    found = Listed([], [], [], {})
+    seen: set[nn.Parameter] = set()
+    for number, chunk in enumerate(chunks):
+        unit_of = units_of(chunk, number)[1]
+        for name, param, spec in named_specs(chunk):
+            if not param.requires_grad or param in seen:
+                continue
+            seen.add(param)
+            _check_param(name, param)
+            if spec_of(param) is None:
+                spec = replace(spec, owner=tp_rank == 0)
+            # In stage 3 a block's weights come and go together; elsewhere buckets are as long as they like.
+            group = f"{unit_of[param].name if stage == 3 else number}"
+            found.chunk_of[group] = number
+            name = name if len(chunks) == 1 else f"{number}.{name}"
+            found.params.append(param)
+            found.specs.append(spec)
+            found.entries.append(Entry(name, param.numel(), group, spec.unit))
+    if not found.params:
+        raise ValueError("the model has no parameter that requires a gradient: there is nothing to optimize")
+    devices = sorted({str(param.device) for param in found.params})
+    if len(devices) > 1:
+        raise ValueError(f"parameters are on {' and '.join(devices)}: move the model to one device")
+    return found
+
+
+def _check_param(name: str, param: nn.Parameter) -> None:
+    if param.is_meta:
+        raise ValueError(f"{name} is on meta and has no values: initialize the model first")
+    if not bool(param.detach().isfinite().all()):
+        raise ValueError(f"{name} has values that are not finite: check what it was loaded from")
+
+
+def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """torch's param_groups: given ones, checked, or matrices with weight decay and vectors without."""
+    if groups is None:
+        decays = {True: update.weight_decay, False: 0.0}
+        made: list[dict[str, Any]] = [
+            {"params": [p for p, spec in zip(found.params, found.specs, strict=True) if spec.decay is decay], "weight_decay": decays[decay]}
+            for decay in (True, False)
+        ]
+        return [group for group in made if group["params"]]
+    made = [{**group, "params": list(group["params"])} for group in groups]
+    given: list[nn.Parameter] = [param for group in made for param in group["params"]]
+    if len(given) != len(set(given)):
+        raise ValueError("groups name a parameter twice: give each to one group")
+    missing = [entry.name for param, entry in zip(found.params, found.entries, strict=True) if param not in set(given)]
+    if missing or len(given) != len(found.params):
+        what = f"leave out {missing[0]}" if missing else "have a parameter that is not the model's, or does not require a gradient"
+        raise ValueError(f"groups {what}: give all of the model's that require a gradient, and no others")
+    for group in made:
+        options = {**update.defaults, **{k: v for k, v in group.items() if k != "params"}}
+        beta1, beta2 = options["betas"]
+        check_options(lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"], weight_decay=options["weight_decay"])
+    return made
+
+
+def check_count(count: Any) -> None:
+    """Raises ValueError unless a step can be told so what its losses are sums over."""
+    if not isinstance(count, (int, float, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
+        raise ValueError(f"step was given the count {count!r} and needs a number: how many losses this rank's sums are sums over")
+    if not isinstance(count, Tensor) and not 0 <= count < float("inf"):
+        raise ValueError(f"step was given the count {count} and gradients are divided by it: it must be 0 or more, and finite")
+
+
+def check_unchanged(chunks: Sequence[nn.Module], found: Listed) -> None:
+    """Raises ValueError if a parameter was added, frozen or thawed since the model was wrapped, or has a gradient that no step sees."""
+    now = dict.fromkeys(param for chunk in chunks for param in chunk.parameters() if param.requires_grad)
+    known = dict(zip(found.params, found.entries, strict=True))
+    for param in now:
+        if param not in known:
+            name = next(name for chunk in chunks for name, other in chunk.named_parameters() if other is param)
+            raise ValueError(f"{name} requires a gradient and the optimizer does not know it: wrap the model after its last change")
+    for param, entry in known.items():
+        if param not in now:
+            raise ValueError(f"{entry.name} was frozen or removed after the model was wrapped: wrap it after its last change")
+        if param.grad is not None:
+            raise ValueError(f"{entry.name} has a .grad, which the step would ignore: gradients arrive by optimizer.backward, clear it")

@@ -1,0 +1,88 @@
+"""Weights of which data-parallel ranks hold shards: the whole ones, for as long as they are needed, and the shards that are updated.
+
+Stages 1 and 2 keep whole weights, of which a shard is a part. Stage 3 keeps shards; whole weights come and go in the same storage, so that
+what autograd saved of them is there again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapar.mesh import Axis
+from megapar.transport import Pending, start_all_gather
+from megapar.zero.buckets import GATHER, UNDER_WAY
+from megapar.zero.layout import Bucket, Layout
+
+
+class Weights:
+    """The memory of `params`, the layout's entries, converted to `dtype`. sharded: whole ones are freed by `free`, and now.
+
+    `shards[i]`: what this rank updates, with padding; without sharding of anything (`replicated`) all of the parameter.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, dtype: torch.dtype, *, replicated: bool, sharded: bool
+    ) -> None:
+        self.params, self.layout, self.axis, self.sharded = list(params), layout, axis, sharded and axis.size > 1
+        self.replicated = replicated or axis.size == 1
+        self.shards: list[Tensor] = [torch.empty(0)] * len(self.params)
+        self._flat: list[Tensor] = [torch.empty(0)] * len(self.params)
+        sizes = {member.index: member.size for bucket in layout.buckets for member in bucket.members}
+        with torch.no_grad():
+            for index, param in enumerate(self.params):
+                flat = param.new_zeros(sizes[index] * axis.size, dtype=dtype)
+                flat[: param.numel()].view(param.shape).copy_(param)
+                # Through .data the parameter stays the same object for whoever holds it: layers, ties, the user's own lists.
+                param.data = flat[: param.numel()].view(param.shape)
+                self._flat[index] = flat
+                part = flat if self.replicated else flat.view(axis.size, -1)[axis.rank]
+                self.shards[index] = part.clone() if self.sharded else part
+
+    def whole(self, index: int) -> Tensor:
+        """Room for every rank's shard, of which the parameter is the part without padding."""
+        return self._flat[index]
+
+    def free(self, buckets: Iterable[Bucket]) -> None:
+        """Gives the memory of whole weights back."""
+        for bucket in buckets:
+            for member in bucket.members:
+                self._flat[member.index].untyped_storage().resize_(0)
+
+    def start_gather(self, bucket: Bucket) -> Pending:
+        """Starts fetching the other ranks' shards."""
+        row = torch.cat([self.shards[member.index] for member in bucket.members])
+        return start_all_gather(row, self.axis, GATHER)
+
+    @torch.no_grad()
+    def end_gather(self, bucket: Bucket, pending: Pending) -> None:
+        """Waits for them, and writes the whole weights."""
+        ranks = self.axis.size
+        rows = pending.wait().view(ranks, bucket.width)
+        for member in bucket.members:
+            flat = self._flat[member.index]
+            storage, size = flat.untyped_storage(), flat.numel() * flat.element_size()
+            if storage.size() < size:
+                storage.resize_(size)
+            # .detach() shares the version counter and .data does not: autograd must not take this for a change of what it saved.
+            flat.data.view(ranks, -1).copy_(rows[:, member.offset : member.offset + member.size])
+
+    def gather(self, buckets: Sequence[Bucket]) -> None:
+        """All of them, one after the other's wait."""
+        if self.axis.size == 1:
+            return
+        for bucket, pending in _ahead((bucket, self.start_gather(bucket)) for bucket in buckets):
+            self.end_gather(bucket, pending)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, UNDER_WAY of them taken before the first is given."""
+    taken: list[Any] = []
+    for item in items:
+        taken.append(item)
+        if len(taken) > UNDER_WAY:
+            yield taken.pop(0)
+    yield from taken
