@@ -27,6 +27,7 @@ NAMES = (
     "training_step",
     "tensor_parallel",
     "pipeline",
+    "zero",
     "silent_errors",
     "gpu_static",
     "build_time",

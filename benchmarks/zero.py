@@ -55,7 +55,8 @@ TINY = Sizes(layers=2, hidden=64, heads=4, ffn=96, vocab=128, s=16)
 CHECKED: dict[str, Any] = {"lr": 1.0, "eps": 1.0, "max_norm": 0.1}
 """Options of the comparison of weights. With eps far above the gradients AdamW's update is all but linear in them, where with the usual one
 it is their sign, which hides a wrong scale."""
-AGREE = {"fp32": 1e-5, "bf16": 5e-2}
+AGREE = {"fp32": 1e-4, "bf16": 5e-2}
+"""torch sums squares in fp32, and its norm of millions of gradients is off by 1e-5."""
 
 
 def names_of(case: Case, compiled: bool) -> list[str]:

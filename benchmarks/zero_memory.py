@@ -76,6 +76,7 @@ def search(most: Callable[[int], int], cap: int) -> tuple[int, int, int]:
         if known[fails] > cap:
             break
         fits, fails = fails, 2 * fails
+    fails = min(fails, MOST + 1)
     while fails - fits > 1:
         middle = (fits + fails) // 2
         known[middle] = most(middle)

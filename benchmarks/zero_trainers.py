@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megapar.zero.optimizer import AdamW, ZeroOptimizer
 from torch import Tensor
 
 from benchmarks.plain_llama import load
@@ -18,6 +17,7 @@ from megapar.mesh import ParallelMesh
 from megapar.models.config import DecoderConfig
 from megapar.models.decoder import DecoderStage
 from megapar.objectives.causal_lm import token_loss
+from megapar.zero.optimizer import AdamW, ZeroOptimizer
 
 
 class Ours:
