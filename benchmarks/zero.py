@@ -285,7 +285,7 @@ def main(
             continue
         for table, more, sampled in launches(case, ranks, 2 if quick else repeats, timeout, quick, missing):
             grids.append(table)
-            bars += more
+            bars += [] if quick else more
             samples |= sampled
     report("zero_memory" if memory else "zero", grids, bars, missing, samples, write=not quick)
 
