@@ -256,7 +256,7 @@ class GradBuckets(MainGrads):
             self._gather_whole()
 
     def _check_windows(self) -> None:
-        if self._waiting(None) and self.how.every == "step" and not self.alone:
+        if not self._ends:
             raise ValueError("the step's last backward had last=False and its gradients are not summed yet: give the last one last=True")
 
     def _sum_partial(self) -> None:

@@ -82,7 +82,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         except ValueError as caught:
             error = caught
         raise_together(error, mesh.world)
-        check_same([self.layout.digest, repr(self.options), repr(self.precision)], mesh.dp, "the parameters (a hash) and options")
+        told = [repr({**group, "params": len(group["params"])}) for group in self.param_groups]
+        told += [self.layout.digest, repr(self.options), repr(self.precision), repr(self.update)]
+        check_same(told, mesh.dp, "the parameters (a hash) and options")
         self._build()
 
     def _build(self) -> None:
@@ -101,6 +103,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._skipped_before = 0
         self._scale_before = self.loss_scale.clone()
         self._broken = ""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For torch's constructor. Raises ValueError afterwards."""
+        if hasattr(self, "step_state"):
+            raise ValueError("groups cannot be added to a ZeroOptimizer, whose shards are laid out: construct another with groups=")
+        super().add_param_group(param_group)
 
     # Gradients
 
