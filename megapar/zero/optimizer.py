@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.collectives import check_same, raise_together
-from megapar.failures import RemoteError, leave, named_failures
+from megapar.failures import together
 from megapar.mesh import ParallelMesh
 from megapar.ops.step_state import StepState, step_state_
 from megapar.optim.precision import Precision
@@ -72,9 +72,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         error: Exception | None = None
         try:
-            self.options = Options(
-                stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead
-            )
+            self.options = Options(stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead)
             self.precision = Precision.of(precision)
             self._listed = found = listed(self.chunks, stage, mesh.tp.rank)
             self.layout = make_layout(found.entries, mesh.dp.size, -(-bucket_bytes // 4))
@@ -291,16 +289,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Lets no rank wait for one that failed, and every rank end with its reason."""
+        """Runs what all ranks do together; after an error of any of them nothing more is."""
         if self._broken:
             raise RuntimeError(f"an earlier step of this optimizer failed ({self._broken}): start the ranks again")
-        with named_failures(self.mesh):
-            try:
+        try:
+            with together(self.mesh, what):
                 yield
-            except RemoteError:
-                self._broken = "another rank's"
-                raise
-            except BaseException as error:
-                self._broken = f"{type(error).__name__}: {error}"
-                leave(self.mesh, error, what)
-                raise
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
