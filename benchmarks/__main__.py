@@ -28,6 +28,7 @@ NAMES = (
     "recompute",
     "tensor_parallel",
     "pipeline",
+    "zero",
     "silent_errors",
     "gpu_static",
     "build_time",

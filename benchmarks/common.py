@@ -39,6 +39,12 @@ class LaunchError(RuntimeError):
     """A rank failed, died or took too long; the message is its traceback or says so."""
 
 
+def reason(error: LaunchError) -> str:
+    """One line of it that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+
+
 def start(world: int, fn: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 900) -> list[Any]:
     """`fn(*args)`, a module-level function, in `world` ranks of one thread each; the values by rank.
 
@@ -287,8 +293,10 @@ class Grid:
     rows: list[list[str]]
 
 
-def report(name: str, grids: Sequence[Grid], verdicts: Sequence[Verdict], missing: dict[str, str], samples: Any) -> None:
-    """Prints the tables and writes results/<name>.json. `samples` are the raw numbers behind the tables."""
+def report(
+    name: str, grids: Sequence[Grid], verdicts: Sequence[Verdict], missing: dict[str, str], samples: Any, write: bool = True
+) -> None:
+    """Prints the tables and, with `write`, writes results/<name>.json. `samples` are the raw numbers behind the tables."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     for grid in grids:
         table = Table(title=grid.title, title_justify="left")
@@ -299,6 +307,8 @@ def report(name: str, grids: Sequence[Grid], verdicts: Sequence[Verdict], missin
         console.print(table)
     for line in [*map(str, verdicts), *(f"missing: {peer}: {why}" for peer, why in missing.items())]:
         console.print(line, markup=False, highlight=False)
+    if not write:
+        return
     RESULTS.mkdir(exist_ok=True)
     result = {
         "name": name,

@@ -99,3 +99,16 @@ def named_failures(mesh: ParallelMesh) -> Iterator[None]:
             raise
         names = ", ".join(map(str, missing))
         raise RemoteError(f"rank {names} stopped answering: it died or hangs, see its output, and start the ranks again") from error
+
+
+@contextmanager
+def together(mesh: ParallelMesh, where: str) -> Iterator[None]:
+    """Lets no rank wait for one that fails inside, and every rank end with its reason."""
+    with named_failures(mesh):
+        try:
+            yield
+        except RemoteError:
+            raise
+        except BaseException as error:
+            leave(mesh, error, where)
+            raise

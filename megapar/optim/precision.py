@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -88,10 +88,9 @@ class Precision:
         return made if master == "default" else replace(made, master=master)
 
     @property
-    def name(self) -> str:
-        """"fp32", "bf16" or "fp16"."""
-        return next(name for name, dtype in PARAMETERS.items() if dtype == self.param)
-
-    @property
-    def master_dtype(self) -> torch.dtype | None:
-        return {None: None, "fp32": torch.float32, "remainder": torch.int16}[self.master]
+    def first_scale(self) -> dict[str, Any]:
+        """What `StepState.create` is to be told of the loss scale."""
+        if self.scaler is None:
+            return {}
+        dynamic = self.scaler.dynamic
+        return {"loss_scale": self.scaler.init_scale} | ({} if dynamic is None else {"hysteresis": dynamic.hysteresis})

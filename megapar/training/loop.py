@@ -30,6 +30,7 @@ from megapar.training.config import Config
 from megapar.training.config_file import micro_batch_size, precision_of, recompute_of, to_dict
 from megapar.training.examples import Examples
 from megapar.training.lr import learning_rate
+from megapar.training.memory import MemoryPeak, memory_by_kind
 from megapar.training.metrics import MetricsFile, RunProgress
 from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text_together
@@ -44,7 +45,7 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a run ended. `timeline`: of its last step, on rank 0; None without a pipeline."""
+    """Where a run ended. timeline: of its last step, on rank 0; None without a pipeline. memory: bytes of this rank, by kind."""
 
     model: PipelinedDecoder
     examples: Examples
@@ -53,6 +54,7 @@ class Trained:
     held_out_loss: float | None
     out: Path
     timeline: Timeline | None
+    memory: dict[str, int]
 
 
 def train(config: Config, mesh: ParallelMesh) -> Trained:
@@ -68,6 +70,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         text = load_text_together(config.data, mesh)
         text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
         examples = Examples(text, config)
+        peak = MemoryPeak(mesh.device)
         model = PipelinedDecoder(
             config.model,
             examples.vocab_size,
@@ -81,7 +84,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             optimize=zero(config.optimizer, mesh, config.parallel, precision_of(config.precision)),
         )
         step = TrainStep(model, mesh)
-        run = _Run(config, mesh, examples, model, step)
+        run = _Run(config, mesh, examples, model, step, peak)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
     # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
     with _interrupts() as interrupted, named_failures(mesh):
@@ -133,7 +136,10 @@ def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple
 class _Run:
     """The state of `train`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, examples: Examples, model: PipelinedDecoder, step: TrainStep) -> None:
+    def __init__(
+        self, config: Config, mesh: ParallelMesh, examples: Examples, model: PipelinedDecoder, step: TrainStep, peak: MemoryPeak
+    ) -> None:
+        self.peak = peak
         self.config, self.mesh, self.examples, self.model, self.train_step = config, mesh, examples, model, step
         self.text = examples.text
         self.out = Path(config.run.out)
@@ -173,13 +179,14 @@ class _Run:
                     break
                 if self._evaluates_at(done):
                     self._evaluate(done)
+            memory = memory_by_kind(self.train_step.optimizer, self.peak)
             loss = None if stopped else self._evaluate(done)
         finally:
             if self.metrics is not None and self.progress is not None:
                 self.metrics.close()
                 self.progress.close()
         timeline = self.model.runner.timeline() if self.mesh.pp.size > 1 else None
-        return Trained(self.model, self.examples, done, stopped, loss, self.out, timeline)
+        return Trained(self.model, self.examples, done, stopped, loss, self.out, timeline, memory)
 
     def _step(self, done: int, interrupted: list[bool]) -> bool:
         """Trains step `done` (1 to steps); whether any rank was interrupted."""
@@ -196,6 +203,7 @@ class _Run:
         seconds = time.perf_counter() - start
         if self.metrics is not None and self.progress is not None:
             rest = {"tokens": result.tokens, "tokens_per_second": result.tokens / seconds, "seconds": seconds}
+            rest["peak_bytes"] = self.peak.bytes()
             record = {"step": done, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, **rest}
             if self.train_step.optimizer.precision.scaler is not None:
                 record |= {"loss_scale": result.loss_scale, "skipped": int(result.skipped)}

@@ -42,12 +42,13 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
     baselines = _baselines(trained.examples)
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     plot_loss(out / "metrics.jsonl", out / "loss.png", baselines)
-    summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step}
+    summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step, "memory": trained.memory}
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     lines = [
         "",
         f"held-out loss {trained.held_out_loss:.4f} nats a token over a text of {len(text.held_out) - 1:,} tokens",
         *(f"   {name:<10} {value:.4f}" for name, value in baselines.items()),
+        "memory of rank 0, MB: " + ", ".join(f"{kind.replace('_', ' ')} {size / 1e6:.0f}" for kind, size in trained.memory.items()),
         "",
         "sample:",
         *("   " + line for line in sample.splitlines()),

@@ -47,19 +47,21 @@ class Reduction:
 
 
 class GradBuckets(MainGrads):
-    """The main_grads of `params`, which are the layout's entries, summed over `axis` as `how` says.
+    """The main_grads of `params`, which are the layout's entries, summed over `axis` as `how` says. chunk_of: by group of the layout.
 
     Gradients may arrive only inside `accumulating`. After `finish`, `shards[i]` is this rank's shard of the sum, with padding.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, how: Reduction) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, how: Reduction, chunk_of: Mapping[str, int] | None = None
+    ) -> None:
         self.layout, self.axis, self.how = layout, axis, how
         self.alone = axis.size == 1
         self._index = {param: index for index, param in enumerate(params)}
         self._bucket = {member.index: bucket for bucket in layout.buckets for member in bucket.members}
         self._flat: list[Tensor | None] = [None] * len(params)
         self._uses: list[int | None] = [None] * len(params)
-        self.chunk_of: Mapping[str, int] = {}
+        self.chunk_of = chunk_of or {}
         self._is_open = self._ends = False
         self._expected: list[int | None] = []
         self._under_way: list[tuple[Bucket, Pending]] = []
@@ -95,6 +97,10 @@ class GradBuckets(MainGrads):
         flat = self._flat[index]
         assert flat is not None
         return flat
+
+    def tensors(self) -> list[Tensor]:
+        """Gradients and shards that exist now; some share memory."""
+        return [*self.shards, *(flat for flat in self._flat if flat is not None)]
 
     def _member(self, index: int) -> Any:
         return next(member for member in self._bucket[index].members if member.index == index)

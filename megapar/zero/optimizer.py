@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.collectives import check_same, raise_together
-from megapar.failures import RemoteError, leave, named_failures
+from megapar.failures import together
 from megapar.mesh import ParallelMesh
 from megapar.ops.step_state import StepState, step_state_
 from megapar.optim.precision import Precision
@@ -27,10 +27,10 @@ from megapar.params import Modules
 from megapar.zero.buckets import GradBuckets, Reduction, Window
 from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
-from megapar.zero.setup import AdamW, Options, check_count, check_unchanged, grouped, listed
+from megapar.zero.setup import AdamW, Options, check_count, check_loss, check_unchanged, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, fill
 from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
-from megapar.zero.weights import Weights
+from megapar.zero.weights import Weights, storage_bytes
 
 BUCKET_BYTES = 32 << 20
 """Of fp32 gradients."""
@@ -72,9 +72,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         error: Exception | None = None
         try:
-            self.options = Options(
-                stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead
-            )
+            self.options = Options(stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead)
             self.precision = Precision.of(precision)
             self._listed = found = listed(self.chunks, stage, mesh.tp.rank)
             self.layout = make_layout(found.entries, mesh.dp.size, -(-bucket_bytes // 4))
@@ -96,15 +94,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         native = options.reduction == "native" if options.reduction else mesh.device.type == "cuda"
         pooled, every = options.stage >= 2, options.reduce_every
         how = Reduction(every, pooled, replicated, precision.main_grad, options.payload, options.overlap, native)
-        self.grads = GradBuckets(found.params, self.layout, axis, how)
-        self.grads.chunk_of = found.chunk_of
+        self.grads = GradBuckets(found.params, self.layout, axis, how, found.chunk_of)
         self.gathers = Gathers(self.chunks, self.weights, after_use=options.reshard_every == "micro_batch", ahead=options.overlap)
         self._index = {param: index for index, param in enumerate(found.params)}
-        scaler = precision.scaler
-        start: dict[str, Any] = {} if scaler is None else {"loss_scale": scaler.init_scale}
-        if scaler is not None and scaler.dynamic is not None:
-            start["hysteresis"] = scaler.dynamic.hysteresis
-        self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **start)
+        self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **precision.first_scale)
         self._skipped_before = 0
         self._scale_before = self.loss_scale.clone()
         self._broken = ""
@@ -130,11 +123,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def backward(self, loss_sum: Tensor, last: bool = True) -> None:
         """Adds the gradients of a sum of losses, a scalar; `last` says that the step's other micro-batches have been.
 
-        Raises ValueError for a loss that is no scalar or does not require a gradient.
+        Raises ValueError for a loss that is no fp32 scalar or does not require a gradient.
         """
-        if loss_sum.dim() != 0 or not loss_sum.requires_grad:
-            what = f"of shape {tuple(loss_sum.shape)}, requires_grad={loss_sum.requires_grad}"
-            raise ValueError(f"backward was given a loss {what}, and needs a scalar that the model computed: sum the losses")
+        check_loss(loss_sum)
         with self.accumulating(last=last):
             loss_sum.backward(self.loss_scale.to(loss_sum.dtype))
 
@@ -234,6 +225,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Weights and moments that this rank holds, as boxes of logical tensors; after writing to them call `loaded`."""
         return self.sharded.boxes(self.weights.shards, self.options.stage > 0 or self.mesh.dp.rank == 0)
 
+    def bytes_held(self) -> dict[str, int]:
+        """What this rank holds now, by kind, padding included."""
+        kinds = {"parameters": self.weights.tensors(), "gradients": self.grads.tensors(), "optimizer_state": self.sharded.tensors()}
+        return {kind: storage_bytes(tensors) for kind, tensors in kinds.items()}
+
     def loaded(self) -> None:
         """Makes whole weights of what was written to `boxes`."""
         self._share_weights()
@@ -293,16 +289,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Lets no rank wait for one that failed, and every rank end with its reason."""
+        """Runs what all ranks do together; after an error of any of them nothing more is."""
         if self._broken:
             raise RuntimeError(f"an earlier step of this optimizer failed ({self._broken}): start the ranks again")
-        with named_failures(self.mesh):
-            try:
+        try:
+            with together(self.mesh, what):
                 yield
-            except RemoteError:
-                self._broken = "another rank's"
-                raise
-            except BaseException as error:
-                self._broken = f"{type(error).__name__}: {error}"
-                leave(self.mesh, error, what)
-                raise
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise

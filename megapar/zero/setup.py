@@ -137,6 +137,13 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
     return made
 
 
+def check_loss(loss: Tensor) -> None:
+    """Raises ValueError unless `backward` can start from it."""
+    if loss.dim() != 0 or not loss.requires_grad or loss.dtype not in (torch.float32, torch.float64):
+        what = f"{loss.dtype} of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise ValueError(f"backward was given a loss that is {what}, and needs an fp32 scalar that the model computed: sum losses in fp32")
+
+
 def check_count(count: Any) -> None:
     """Raises ValueError unless a step can be told so what its losses are sums over."""
     if not isinstance(count, (int, float, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):

@@ -48,6 +48,10 @@ class ShardedState:
             elif how.master == "remainder":
                 self.masters.append(split(mine.float())[1])
 
+    def tensors(self) -> list[Tensor]:
+        """Moments and masters."""
+        return [*(moment for pair in self.moments for moment in pair), *self.masters]
+
     def boxes(self, weights: Sequence[Tensor], saves: bool) -> Iterator[StateBox]:
         """Everything that this rank holds. weights: its shards of them. saves: whether they are its to save, of equal copies."""
         for index, (spec, (start, stop)) in enumerate(zip(self.specs, self.intervals, strict=True)):

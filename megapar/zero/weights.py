@@ -46,6 +46,10 @@ class Weights:
         """Room for every rank's shard, of which the parameter is the part without padding."""
         return self._flat[index]
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds; some share memory, some have none now."""
+        return [*self._flat, *self.shards]
+
     def free(self, buckets: Iterable[Bucket]) -> None:
         """Gives the memory of whole weights back."""
         for bucket in buckets:
@@ -78,6 +82,12 @@ class Weights:
             return
         for bucket, pending in _ahead((bucket, self.start_gather(bucket)) for bucket in buckets):
             self.end_gather(bucket, pending)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory under them, each piece once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(size for pointer, size in storages.items() if pointer)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

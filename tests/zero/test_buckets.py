@@ -265,7 +265,8 @@ def starts_early() -> None:
     real = grads.end_window
 
     def end_window(chunk: int | None = None) -> None:
-        early.append(sum(grads._started))
+        if grads._ends:
+            early.append(sum(grads._started))
         real(chunk)
 
     grads.end_window = end_window

@@ -71,8 +71,8 @@ MISUSES: dict[str, str] = {
     "step twice": "step was called and no backward before it",
     "zero_grad": "step was called and no backward before it",
     "no last": "the step's last backward had last=False and its gradients are not summed yet: give the last one last=True",
-    "vector": "backward was given a loss of shape (14,), requires_grad=True, and needs a scalar",
-    "constant": "backward was given a loss of shape (), requires_grad=False, and needs a scalar",
+    "vector": "torch.float32 of shape (14,), requires_grad=True, and needs an fp32 scalar",
+    "constant": "torch.float32 of shape (), requires_grad=False, and needs an fp32 scalar",
     "outside": "was given a gradient by a backward of yours: call optimizer.backward(loss_sum) instead",
 }
 
