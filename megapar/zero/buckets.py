@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from megapar.grads import MainGrads
-from megapar.mesh import Axis
+from megapar.mesh import GATHER, REDUCE, Axis
 from megapar.params import spec_of
 from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from megapar.zero.layout import Bucket, Layout
 
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
-REDUCE, GATHER = 1, 2
-"""Tags: reductions and gathers keep their own order, whatever a rank leaves out; gathers of weights have one for each bucket, from here."""
 
 Window = Literal["step", "micro_batch"]
 
