@@ -221,7 +221,7 @@ class GradBuckets(MainGrads):
 
     def zero(self) -> None:
         """Forgets what was accumulated."""
-        # A message that nobody waits for would be taken for the next one (tests/zero/test_buckets.py::test_zero_grad_after_a_reduction).
+        # A message that nobody waits for would be taken for the next one (tests/zero/test_windows.py::test_zero_grad_after_a_reduction).
         for _, pending in self._under_way:
             pending.wait()
         count = len(self.layout.buckets)

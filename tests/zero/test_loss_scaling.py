@@ -12,7 +12,7 @@ from megapar.optim.precision import LossScaler, Precision
 from megapar.zero.optimizer import ZeroOptimizer
 from megapar.zero.setup import AdamW
 from tests.parity import boxes, logical
-from tests.zero.common import TOKENS, Plain, decoder, loss_sum, micro_batch, plain_loss, weights, wrapped
+from tests.zero.common import TOKENS, decoder, loss_sum, micro_batch, weights, wrapped
 
 
 def precision(scale: float = 2.0**10, **options: Any) -> Precision:
@@ -287,22 +287,3 @@ def test_resuming(ranks):
         got = ranks.run(2, resumed, split)[0]
         assert got["scales"] == expected["scales"] and got["skipped"] == expected["skipped"] == 4, split
         assert all(torch.equal(got["weights"][key], value) for key, value in expected["weights"].items()), split
-
-
-def plain_fp16() -> None:
-    """A model of torch's own layers trains in fp16."""
-    mesh = ParallelMesh()
-    torch.manual_seed(5)
-    model = Plain(blocks=1)
-    optimizer = wrapped(model, mesh, stage=3, precision="fp16")
-    told = []
-    for _ in range(30):
-        loss = plain_loss(model, micro_batch(mesh.dp.rank, 0, 0))
-        optimizer.backward(loss)
-        optimizer.step(TOKENS)
-        told.append(float(loss))
-    assert told[-1] < 0.5 * told[0]
-
-
-def test_plain_model(ranks):
-    ranks.run(2, plain_fp16)
