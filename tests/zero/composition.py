@@ -33,9 +33,9 @@ PRECISIONS = {
 }
 SIZES = {"hidden_size": 16, "layers": 4, "heads": 4, "ffn_size": 24}
 MODELS = {
-    "llama": DecoderConfig(**SIZES, kv_heads=2, init_std=0.2),
-    "tied": DecoderConfig(**SIZES, kv_heads=2, init_std=0.2, tied_embeddings=True),
-    "gpt": replace(gpt_style(**SIZES, kv_heads=1, max_positions=16), init_std=0.2),  # tied, biases, a KV head that ranks of tp share
+    "llama": DecoderConfig(**SIZES, kv_heads=2, init_std=0.1),
+    "tied": DecoderConfig(**SIZES, kv_heads=2, init_std=0.1, tied_embeddings=True),
+    "gpt": replace(gpt_style(**SIZES, kv_heads=1, max_positions=16), init_std=0.1),  # tied, biases, a KV head that ranks of tp share
 }
 LAYOUT: Case = {
     "tp": 1,

@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "model": tuple(MODELS),
 }
 # ZeRO does something only with dp=2, so stages meet everything else there.
-GROUPS = [("tp", "pp", "stage"), *(("dp", "stage", name) for name in FACTORS if name not in ("dp", "stage"))]
+GROUPS = [("tp", "pp", "dp", "stage"), ("tp", "pp", "dp", "precision"), *(("dp", "stage", name) for name in FACTORS if name not in ("dp", "stage"))]
 
 
 def legal(case: Case) -> bool:
@@ -149,7 +149,7 @@ def compare(case: Case, told: list[tuple[StepResult, Boxes]]) -> None:
 
 
 def test_every_combination_is_there():
-    """Of any two factors all that is legal, of tp, pp and stage together, and of dp, stage and any other."""
+    """Of any two factors all that is legal, of tp, pp, dp and stage (or precision) together, and of dp, stage and any other."""
     assert not missing(cases(), FACTORS, legal, GROUPS)
     assert len(cases()) <= 45
 
