@@ -15,6 +15,7 @@ from megapar.objectives.sample import IGNORED
 from megapar.optim.precision import LossScaler, Precision
 from megapar.params import Piece
 from megapar.pipeline.kinds import make_schedule
+from megapar.pipeline.schedule import Schedule
 from megapar.recompute import Recompute
 from megapar.training.step import TrainStep
 from megapar.zero.optimizer import ZeroOptimizer
@@ -67,8 +68,8 @@ def batches(replica: int, step: int) -> list[TokenBatch]:
     return made
 
 
-def trainer(case: Case, mesh: ParallelMesh, **options: Any) -> TrainStep:
-    """The training of this rank's stages; options: the ZeroOptimizer's."""
+def trainer(case: Case, mesh: ParallelMesh, schedule: Schedule | None = None, **options: Any) -> TrainStep:
+    """The training of this rank's stages; schedule: another than the case's; options: the ZeroOptimizer's."""
     precision = PRECISIONS[case["precision"]]
     options = {"update": AdamW(lr=1e-2), "precision": precision, "gather_ahead": True, **options}
     options |= {name: case[name] for name in ("stage", "reduce_every", "reshard_every")}
@@ -76,7 +77,7 @@ def trainer(case: Case, mesh: ParallelMesh, **options: Any) -> TrainStep:
         MODELS[case["model"]],
         VOCABULARY,
         mesh,
-        schedule=make_schedule(case["kind"], case["pp"], case["chunks"], MICRO_BATCHES),
+        schedule=schedule or make_schedule(case["kind"], case["pp"], case["chunks"], MICRO_BATCHES),
         sequence_parallel=case["sequence_parallel"],
         recompute=Recompute(case["recompute"]),
         seed=3,

@@ -13,11 +13,12 @@ from megapar.grads import MainGrads
 from megapar.models.decoder import Decoder
 from megapar.objectives.causal_lm import token_loss
 from megapar.pipeline.kinds import KINDS
+from megapar.pipeline.schedule import Action, Schedule
 from megapar.training.step import StepResult, TrainStep
 from megapar.training.verify_steps import _shards, boxes
 from tests.covering import Case, covering_array, missing
 from tests.parity import logical
-from tests.zero.composition import MODELS, PRECISIONS, SCALE, VOCABULARY, Boxes, batches, joined, state, trainer
+from tests.zero.composition import LAYOUT, MICRO_BATCHES, MODELS, PRECISIONS, SCALE, VOCABULARY, Boxes, batches, joined, state, trainer
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2),
@@ -34,7 +35,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "model": tuple(MODELS),
 }
 # ZeRO does something only with dp=2, so stages meet everything else there.
-GROUPS = [("tp", "pp", "dp", "stage"), ("tp", "pp", "dp", "precision"), *(("dp", "stage", name) for name in FACTORS if name not in ("dp", "stage"))]
+SOME = [("tp", "pp", "dp", "stage"), ("tp", "pp", "dp", "precision"), ("pp", "dp", "kind", "reduce_every")]
+GROUPS = [*SOME, *(("dp", "stage", name) for name in FACTORS if name not in ("dp", "stage"))]
 
 
 def legal(case: Case) -> bool:
@@ -51,7 +53,10 @@ def cases() -> list[Case]:
 
 def plainest(case: Case) -> Case:
     """The case whose every bit `case` has: same layers, sums and formats."""
-    return {**case, "stage": 0, "kind": "gpipe", "reshard_every": "step", "recompute": "none"}
+    # A W that is put off ends its micro-batch's window when gains have gradients of the next one: the sums have another order.
+    puts_off = case["kind"] == "zero_bubble" and case["reduce_every"] == "micro_batch"
+    kind = "zero_bubble" if puts_off else "gpipe"
+    return {**case, "stage": 0, "kind": kind, "reshard_every": "step", "recompute": "none"}
 
 
 # In the ranks.
@@ -149,7 +154,7 @@ def compare(case: Case, told: list[tuple[StepResult, Boxes]]) -> None:
 
 
 def test_every_combination_is_there():
-    """Of any two factors all that is legal, of tp, pp, dp and stage (or precision) together, and of dp, stage and any other."""
+    """Of any two factors all that is legal, and of the groups together; so also of tp, pp and stage."""
     assert not missing(cases(), FACTORS, legal, GROUPS)
     assert len(cases()) <= 45
 
@@ -162,3 +167,46 @@ def test_covering_array(ranks):
         told = ranks.run(world, train_all, of_world, timeout=120)
         for index, case in enumerate(of_world):
             compare(case, [rank[index] for rank in told])
+
+
+# How often, and when, gradients are reduced.
+
+
+def reductions(kind: str, dp: int) -> None:
+    """With reduce_every="micro_batch" each bucket once a micro-batch; from the second step on most start while backward goes on."""
+    mesh = ParallelMesh(pp=2)
+    case = {**LAYOUT, "pp": 2, "dp": dp, "kind": kind, "stage": 2, "reduce_every": "micro_batch"}
+    train, started = trainer(case, mesh, bucket_bytes=1), []
+    grads = train.optimizer.grads
+    start, end_window = grads._start, grads.end_window
+
+    def end(chunk: int | None = None) -> None:
+        before = len(started)
+        end_window(chunk)
+        started[before:] = ["late"] * (len(started) - before)
+
+    grads._start = lambda bucket: (started.append("early"), start(bucket))
+    grads.end_window = end
+    for step in range(2):
+        started.clear()
+        train.accumulate(batches(mesh.dp.rank, step))
+        train.update(1e-2, stop=False)
+        assert len(started) == MICRO_BATCHES * len(grads.layout.buckets), "each as often as there are windows"
+        assert started.count("early") == (len(started) if step and kind == "1f1b" else 0)
+
+
+def put_off() -> None:
+    """Weight gradients of two micro-batches wait, that of the last one does not: windows are written differently often."""
+    told, mesh = [], ParallelMesh()
+    actions = [Action(kind, 0, m) for kind, m in zip("FFFIIWWIW", (0, 1, 2, 0, 1, 0, 1, 2, 2), strict=True)]
+    schedule = Schedule((tuple(actions),), (0,))
+    for overlap in (False, True):
+        case = {**LAYOUT, "dp": 2, "stage": 2, "reduce_every": "micro_batch", "model": "gpt"}
+        told.append(trained(case, mesh, schedule=schedule, bucket_bytes=1, overlap=overlap)[2])
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(*told, strict=True))
+
+
+def test_windows_of_a_pipeline(ranks):
+    ranks.run(4, reductions, "1f1b", 2)
+    ranks.run(4, reductions, "zero_bubble", 2)
+    ranks.run(2, put_off)
