@@ -74,21 +74,21 @@ def tensors_of(case: Case, name: str) -> Callable[[int], int]:
 def search(most: Callable[[int], int], cap: int) -> tuple[int, int, int]:
     """Of a function that grows: (the largest b up to MOST with most(b) <= cap, 0 if there is none; most(1); most(b), or most(1)).
 
-    Each guess is where a line through what is known would meet the cap: of memory few are needed.
+    By doubling and halving: small micro-batches all peak alike, in the update, so that no line says where the cap is.
     """
-    first = held = most(1)
-    if first > cap:
-        return 0, first, first
-    fits, fails, guess = 1, MOST + 1, 2
+    known: dict[int, int] = {}
+    fits, fails = 0, 1
+    while fails <= MOST:
+        known[fails] = most(fails)
+        if known[fails] > cap:
+            break
+        fits, fails = fails, 2 * fails
+    fails = min(fails, MOST + 1)
     while fails - fits > 1:
-        found = most(guess)
-        if found <= cap:
-            fits, held = guess, found
-        else:
-            fails = guess
-        guess = fits + (cap - held) * (fits - 1) // (held - first) if held > first else (fits + fails) // 2
-        guess = min(max(guess, fits + 1), fails - 1)
-    return fits, first, held
+        middle = (fits + fails) // 2
+        known[middle] = most(middle)
+        fits, fails = (middle, fails) if known[middle] <= cap else (fits, middle)
+    return fits, known[1], known[max(fits, 1)]
 
 
 def under(case: Case, name: str, cap: int) -> tuple[int, int, int]:
