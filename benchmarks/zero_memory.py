@@ -30,6 +30,7 @@ class Meter:
     """Bytes of tensors on the CPU that are allocated while `measuring`, C++'s included: `held` now, `peak` of the last measuring.
 
     Everything that a step holds is counted if it was built while measuring too. Shared memory, and what gloo allocates, are no tensors.
+    The profiler sees the calling thread alone: what another one frees counts as held.
     """
 
     def __init__(self) -> None:
@@ -56,8 +57,11 @@ def tensors_of(case: Case, name: str) -> Callable[[int], int]:
         for repeat in range(2):
             train(made, case.draw(repeat, dist.get_rank()))
 
+    held = meter.held
+
     def most(b: int) -> int:
         data = replace(case, sizes=replace(case.sizes, b=b)).draw(2, dist.get_rank())
+        meter.held = held  # what a step leaves is the same each time, but what gloo's threads free the profiler does not see
         with meter.measuring():
             train(made, data)
         peak = torch.tensor(meter.peak)
@@ -68,7 +72,10 @@ def tensors_of(case: Case, name: str) -> Callable[[int], int]:
 
 
 def search(most: Callable[[int], int], cap: int) -> tuple[int, int, int]:
-    """Of a function that grows: (the largest b up to MOST with most(b) <= cap, 0 if there is none; most(1); most(b), or most(1))."""
+    """Of a function that grows: (the largest b up to MOST with most(b) <= cap, 0 if there is none; most(1); most(b), or most(1)).
+
+    By doubling and halving: small micro-batches all peak alike, in the update, so that no line says where the cap is.
+    """
     known: dict[int, int] = {}
     fits, fails = 0, 1
     while fails <= MOST:

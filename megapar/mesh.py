@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megapar.shared_memory import SharedMemory, connect
 
+DP_TAGS = REDUCE, GATHER = 1, 2
+"""Of collectives along dp that keep one order on all ranks, each for itself: reductions, and gathers of what every rank gathers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -26,7 +29,8 @@ class Axis:
 
     `ranks` are the global ranks along the axis, `rank` is this process's position among them, and `group` is the process group that
     joins them: None for an axis of size 1, and for one that only describes a layout and never communicates. `timeout` is that of the
-    group, for the groups made from it; `memory` is what the ranks of a mesh's tp share if they are on one host's CPUs.
+    group, for the groups made from it; `memory` is what the ranks share if they are on one host's CPUs: for each tag, collectives of which
+    keep one order on all ranks.
     """
 
     name: str
@@ -35,7 +39,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
-    memory: SharedMemory | None = None
+    memory: Mapping[int, SharedMemory] = field(default_factory=dict, repr=False)
     _subsets: dict[tuple[int, ...], Axis] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Axis:
@@ -122,9 +126,9 @@ class ParallelMesh:
         group = dist.group.WORLD if world_size > 1 else None
         self.world = Axis("world", rank, world_size, tuple(range(world_size)), group, timeout)
         self.tp = self._axis("tp", [[start + i for i in range(tp)] for start in range(0, world_size, tp)], timeout)
-        if self.tp.group is not None and self.device.type == "cpu" and dist.get_backend(self.tp.group) == "gloo":
-            self.tp = replace(self.tp, memory=connect(self.tp.rank, tp, self.tp.group, timeout.total_seconds()))
+        self.tp = self._with_memory(self.tp, (0,))
         self.dp = self._axis("dp", [[p * tp * dp + i + j * tp for j in range(dp)] for p in range(pp) for i in range(tp)], timeout)
+        self.dp = self._with_memory(self.dp, DP_TAGS)
         self.pp = self._axis("pp", [[i + p * tp * dp for p in range(pp)] for i in range(tp * dp)], timeout)
         # Made on every rank, though only some are in one: torch names a group made by its members alone after how many groups they have.
         ends = [[i, i + (pp - 1) * tp * dp] for i in range(tp * dp)] if pp > 2 else []
@@ -158,6 +162,13 @@ class ParallelMesh:
         prefixed = dist.PrefixStore("megapar", store)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
         self._owns_world = True
+
+    def _with_memory(self, axis: Axis, tags: Sequence[int]) -> Axis:
+        """The axis with memory for collectives of these tags, where its ranks can share any."""
+        if axis.group is None or axis.timeout is None or self.device.type != "cpu" or dist.get_backend(axis.group) != "gloo":
+            return axis
+        made = {tag: connect(axis.rank, axis.size, axis.group, axis.timeout.total_seconds()) for tag in tags}
+        return replace(axis, memory={tag: memory for tag, memory in made.items() if memory is not None})
 
     def _axis(self, name: str, grid: list[list[int]], timeout: timedelta) -> Axis:
         """The row of `grid` that holds this rank, else an axis of 1. Every rank makes every group, in one order, as new_group demands."""

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.mesh import Axis
+from megapar.mesh import DP_TAGS, Axis
 from megapar.shared_memory import CommunicationError, Kind, SharedMemory
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+PIECES_AHEAD = 2
+"""Of a large collective through shared memory, how many pieces are posted before it is waited for: two such may be under way."""
 NEVER = 2**31 - 1
 """The tag of no message."""
 
@@ -98,8 +100,8 @@ def close_connections(axis: Axis) -> None:
 
     Neither destroying a gloo group nor aborting it closes its connections. A receive that times out closes them all.
     """
-    if axis.memory is not None:
-        axis.memory.leave()
+    for memory in axis.memory.values():
+        memory.leave()
     for subset in axis.subsets():
         close_connections(subset)
     if axis.group is None:
@@ -130,10 +132,14 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
 def start_all_gather(x: Tensor, axis: Axis, tag: int = 0) -> Pending:
     """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order."""
     x = x.contiguous()
-    memory = _memory(x, axis)
+    memory = _memory(x, axis, tag)
     if memory is not None:
         return memory.start(Kind.ALL_GATHER, x, torch.cat)
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    memory = _memory(x, axis, tag, whole=tag not in DP_TAGS)
+    if memory is not None:
+        rows = out.view(axis.size, -1)
+        return _Pieces(memory, Kind.ALL_GATHER, x.view(1, -1), lambda part, parts: torch.cat(parts, out=rows[:, part]), out)
     if x.device.type != "cpu":
         return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
     parts = out.view(axis.size, *x.shape).unbind()
@@ -152,10 +158,19 @@ def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = N
     if c * axis.size != x.shape[0]:
         x = torch.cat([x, x.new_zeros((c * axis.size - x.shape[0], *x.shape[1:]))])
     x, dtype = x.contiguous(), dtype or x.dtype
-    memory = _memory(x, axis)
+    memory = _memory(x, axis, tag)
     if memory is not None:
         rows = slice(axis.rank * c, (axis.rank + 1) * c)
         return memory.start(Kind.REDUCE_SCATTER, x, lambda parts: _ordered_sum([part[rows] for part in parts], dtype=dtype))
+    memory = _memory(x, axis, tag, whole=tag not in DP_TAGS)
+    if memory is not None:
+        total = x.new_empty((c, *x.shape[1:]), dtype=dtype)
+        flat = total.view(-1)
+
+        def add(part: slice, parts: list[Tensor]) -> None:
+            flat[part].copy_(_ordered_sum([p[axis.rank] for p in parts], dtype=dtype))
+
+        return _Pieces(memory, Kind.REDUCE_SCATTER, x.view(axis.size, -1), add, total)
     if x.device.type != "cpu" and native:
         x = x.to(dtype)
         out = x.new_empty((c, *x.shape[1:]))
@@ -177,10 +192,40 @@ def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis, t
     return [start_receive(receives[r], axis, r, tag) for r in others] + [start_send(sends[r], axis, r, tag) for r in others]
 
 
-def _memory(x: Tensor, axis: Axis) -> SharedMemory | None:
-    """The memory to go through, the same answer on every rank that has a tensor of this size."""
-    memory = axis.memory
-    return memory if memory is not None and x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= memory.slot else None
+def _memory(x: Tensor, axis: Axis, tag: int = 0, whole: bool = True) -> SharedMemory | None:
+    """The memory to go through, the same answer on every rank that has a tensor of this size. whole: all of it must fit in."""
+    memory, size = axis.memory.get(tag), x.numel() * x.element_size()
+    return memory if memory is not None and x.device.type == "cpu" and size > 0 and (size <= memory.slot or not whole) else None
+
+
+class _Pieces:
+    """A collective of the columns of a tensor, through shared memory piece by piece: some are posted now, the others in `wait`."""
+
+    def __init__(
+        self, memory: SharedMemory, kind: Kind, columns: Tensor, read: Callable[[slice, list[Tensor]], object], out: Tensor
+    ) -> None:
+        self._memory, self._kind, self._columns, self._read, self._out = memory, kind, columns, read, out
+        width = max(1, memory.slot // (columns.shape[0] * columns.element_size()))
+        self._left = [slice(start, start + width) for start in range(0, columns.shape[1], width)]
+        self._posted: list[Pending] = []
+        for _ in range(PIECES_AHEAD):
+            self._post()
+
+    def wait(self) -> Tensor:
+        while self._posted:
+            self._posted.pop(0).wait()
+            self._post()
+        return self._out
+
+    def _post(self) -> None:
+        if self._left:
+            part = self._left.pop(0)
+
+            def read(parts: list[Tensor]) -> Tensor:
+                self._read(part, parts)
+                return self._out
+
+            self._posted.append(self._memory.start(self._kind, self._columns[:, part], read))
 
 
 def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

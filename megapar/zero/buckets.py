@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from megapar.grads import MainGrads
-from megapar.mesh import Axis
+from megapar.mesh import GATHER, REDUCE, Axis
 from megapar.params import spec_of
 from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from megapar.zero.layout import Bucket, Layout
 
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
-REDUCE, GATHER = 1, 2
-"""Tags: reductions and gathers keep their own order, whatever a rank leaves out; gathers of weights have one for each bucket, from here."""
 
 Window = Literal["step", "micro_batch"]
 
@@ -62,7 +60,7 @@ class GradBuckets(MainGrads):
         self._flat: list[Tensor | None] = [None] * len(params)
         self._uses: list[int | None] = [None] * len(params)
         self.chunk_of = chunk_of or {}
-        self._is_open = self._ends = False
+        self._is_open = self._ends = self._chunks_ended = False
         self._expected: list[int | None] = []
         self._under_way: list[tuple[Bucket, Pending]] = []
         super().__init__(params, how.dtype)
@@ -114,8 +112,11 @@ class GradBuckets(MainGrads):
         self._is_open = True
         self._ends = ends = last or self.how.every == "micro_batch"
         passes = 1 if self.how.every == "micro_batch" else self._passes
-        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns.
-        in_turns = len(set(self.chunk_of.values())) > 1 and any(getattr(param, "_deferral", None) is not None for param in self.params)
+        self._chunks_ended = False
+        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns, and a micro-batch's window after
+        # the next one's other gradients have come (tests/zero/test_composition.py::test_windows_of_a_pipeline).
+        in_turns = len(set(self.chunk_of.values())) > 1 or self.how.every == "micro_batch"
+        in_turns = in_turns and any(getattr(param, "_deferral", None) is not None for param in self.params)
         if ends and self.how.overlap and not self.alone and not in_turns:
             self._expected = [None if uses is None else uses * passes for uses in self._uses]
         try:
@@ -165,10 +166,11 @@ class GradBuckets(MainGrads):
     def end_window(self, chunk: int | None = None) -> None:
         """Starts what is left of a chunk (all of them by default), whether or not it was written, and learns from what was.
 
-        Nothing in a step that goes on, nor where nobody else has a part of the sum.
+        Nothing in a step that goes on, nor where nobody else has a part of the sum, nor for all after a pipeline ended each one's windows.
         """
-        if not self._ends or (self.how.every == "step" and self.alone):
+        if not self._ends or (self.how.every == "step" and self.alone) or (chunk is None and self._chunks_ended):
             return
+        self._chunks_ended = chunk is not None and self.how.every == "micro_batch"
         for bucket in self._waiting(chunk):
             self._start(bucket)
         if self.how.every == "step":

@@ -6,15 +6,13 @@ what autograd saved of them is there again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megapar.mesh import Axis
+from megapar.mesh import GATHER, Axis
 from megapar.transport import Pending, start_all_gather
-from megapar.zero.buckets import GATHER, UNDER_WAY
 from megapar.zero.layout import Bucket, Layout
 
 
@@ -59,9 +57,9 @@ class Weights:
     def start_gather(self, bucket: Bucket) -> Pending:
         """Starts fetching the other ranks' shards."""
         row = torch.cat([self.shards[member.index] for member in bucket.members])
-        # A tag for each bucket: ranks that run different blocks must not take one's shards for another's
+        # Stage 3 has a tag for each bucket: ranks that run different blocks must not take one's shards for another's
         # (tests/zero/test_gather.py::test_ranks_that_run_different_blocks).
-        return start_all_gather(row, self.axis, GATHER + bucket.number)
+        return start_all_gather(row, self.axis, GATHER + 1 + bucket.number if self.sharded else GATHER)
 
     @torch.no_grad()
     def end_gather(self, bucket: Bucket, pending: Pending) -> None:
@@ -76,25 +74,8 @@ class Weights:
             # .detach() shares the version counter and .data does not: autograd must not take this for a change of what it saved.
             flat.data.view(ranks, -1).copy_(rows[:, member.offset : member.offset + member.size])
 
-    def gather(self, buckets: Sequence[Bucket]) -> None:
-        """All of them, one after the other's wait."""
-        if self.axis.size == 1:
-            return
-        for bucket, pending in _ahead((bucket, self.start_gather(bucket)) for bucket in buckets):
-            self.end_gather(bucket, pending)
-
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Of the memory under them, each piece once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(size for pointer, size in storages.items() if pointer)
-
-
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, UNDER_WAY of them taken before the first is given."""
-    taken: list[Any] = []
-    for item in items:
-        taken.append(item)
-        if len(taken) > UNDER_WAY:
-            yield taken.pop(0)
-    yield from taken
