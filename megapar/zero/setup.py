@@ -122,7 +122,7 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
             for decay in (True, False)
         ]
         return [group for group in made if group["params"]]
-    made = [{**group, "params": list(group["params"])} for group in groups]
+    made = [{**group, "params": [one] if isinstance(one := group["params"], Tensor) else list(one)} for group in groups]
     given: list[nn.Parameter] = [param for group in made for param in group["params"]]
     if len(given) != len(set(given)):
         raise ValueError("groups name a parameter twice: give each to one group")
