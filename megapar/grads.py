@@ -77,10 +77,11 @@ def put(tensor: Tensor, beta: float, grad: Tensor) -> None:
 
 
 class Deferral:
-    """Puts off the weight gradients of some parameters that have a main_grad, those whose layers hand them to `accumulate`.
+    """Puts off the gradients of some parameters that have a main_grad: computing those whose layers hand them to `accumulate`, and adding
+    those that autograd delivers (norm gains and other vectors).
 
     `with deferral.collect() as waiting: backward` computes the other gradients; calling what is in `waiting`, in its order, the rest.
-    Until then the tensors that it needs are kept. Norm gains and other vectors that autograd delivers are not put off.
+    Until then the tensors that it needs are kept.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -169,6 +170,8 @@ class MainGrads:
 def _move_grad(param: Tensor) -> None:
     # The hook fires also when a backward returned None for this parameter because it had written main_grad itself: .grad is then None
     # (tests/test_grads.py::test_hook_after_none).
-    if param.grad is not None:
-        add(param, param.grad)
-        param.grad = None
+    grad, param.grad = param.grad, None
+    if grad is not None:
+        # Under a Deferral it waits as the others do: a micro-batch's gradients are written together, before any of the next one's
+        # (tests/zero/test_composition.py::test_windows_of_a_pipeline).
+        accumulate(param, lambda main_grad, beta: put(main_grad, beta, grad))
