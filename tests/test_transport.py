@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megapar import ParallelMesh
-from megapar.mesh import Axis
+from megapar.mesh import REDUCE, Axis
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
 
@@ -89,7 +89,7 @@ def sums_as_asked(world: int, axis: str) -> None:
     mesh = ParallelMesh(tp=world if axis == "tp" else 1)
     over = mesh.tp if axis == "tp" else mesh.dp
     for shape, (sent, summed) in itertools.product(
-        [(5, 3), (1, 7), (8,), (3, 0), (257, 129)],
+        [(5, 3), (1, 7), (8,), (3, 0), (257, 129), (world, 1_100_003)],
         [
             (torch.bfloat16, torch.float32),
             (torch.float16, torch.float32),
@@ -105,16 +105,16 @@ def sums_as_asked(world: int, axis: str) -> None:
             total = total + part.to(wide)
         c = -(-shape[0] // world)
         expected = torch.nn.functional.pad(total, (0, 0) * (len(shape) - 1) + (0, c * world - shape[0])).to(summed)
-        for native in (False, True):
+        for native, tag in ((False, 0), (True, 0), (False, REDUCE)):
             x = parts[over.rank].clone()
-            got = start_reduce_scatter(x, over, dtype=summed, native=native).wait()
+            got = start_reduce_scatter(x, over, dtype=summed, native=native, tag=tag).wait()
             assert got.dtype == summed and torch.equal(got, expected[over.rank * c : (over.rank + 1) * c]), (shape, sent, summed)
             assert torch.equal(x, parts[over.rank])
 
 
 @pytest.mark.parametrize("world,axis", [(1, "dp"), (2, "tp"), (2, "dp"), (3, "dp"), (4, "tp")])
 def test_dtype_of_the_sum(ranks, world, axis):
-    """Over tp through shared memory, over dp as messages."""
+    """Over tp and, with the tag of gradients, over dp through shared memory, what is long in pieces; else as messages."""
     ranks.run(world, sums_as_asked, world, axis)
 
 
