@@ -27,13 +27,10 @@ from megapar.params import Modules
 from megapar.zero.buckets import GradBuckets, Reduction, Window
 from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
-from megapar.zero.setup import AdamW, Options, check_count, check_loss, check_unchanged, grouped, listed
+from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_count, check_loss, check_unchanged, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, fill
 from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
 from megapar.zero.weights import Weights, storage_bytes
-
-BUCKET_BYTES = 32 << 20
-"""Of fp32 gradients."""
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -44,7 +41,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     what differs from `update`. max_norm: of the mean gradient of the whole model, over all axes; None does not clip.
     reduce_every: "step" reduces gradients once; "micro_batch" after each, which keeps only shards of them between (stages 2 and 3).
     reshard_every: stage 3 frees weights after each use ("micro_batch"), or once a step. reduction: "ordered" adds in rank order, in fp32;
-    "native" is NCCL's (default on CUDA). payload: what gradients travel as. overlap: communication while backward goes on.
+    "native" is NCCL's (default on CUDA). payload: what gradients travel as. bucket_bytes: of fp32 gradients that travel together, at least,
+    8 MiB by default, on CUDA 64. overlap: communication while backward goes on.
     gather_ahead: stages 1 and 2 fetch updated weights while the next forward begins; until a module runs, its weights are old.
 
     Raises ValueError, on every rank, for options that do not go together, weights that are not finite, ranks whose models differ.
@@ -63,7 +61,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         reshard_every: Window = "micro_batch",
         reduction: Literal["ordered", "native"] | None = None,
         payload: torch.dtype = torch.float32,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         overlap: bool = True,
         gather_ahead: bool = False,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -72,6 +70,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         error: Exception | None = None
         try:
+            bucket_bytes = BUCKET_BYTES[mesh.device.type] if bucket_bytes is None else bucket_bytes
             self.options = Options(stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead)
             self.precision = Precision.of(precision)
             self._listed = found = listed(self.chunks, stage, mesh.tp.rank)

@@ -15,6 +15,9 @@ from megapar.zero.buckets import Window
 from megapar.zero.gather import units_of
 from megapar.zero.layout import Entry
 
+BUCKET_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""Of fp32 gradients. Three packed buckets may exist at once; GPUs want messages that are large after division by dp."""
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -62,7 +65,7 @@ class Options:
         if self.payload not in (torch.float32, torch.bfloat16):
             raise ValueError(f"payload={self.payload} must be torch.float32 or torch.bfloat16: choose one")
         if self.bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={self.bucket_bytes} must be 1 or more: 33554432 is the default")
+            raise ValueError(f"bucket_bytes={self.bucket_bytes} must be 1 or more: leave it out for the default")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
             for decay in (True, False)
         ]
         return [group for group in made if group["params"]]
-    made = [{**group, "params": list(group["params"])} for group in groups]
+    made = [{**group, "params": [one] if isinstance(one := group["params"], Tensor) else list(one)} for group in groups]
     given: list[nn.Parameter] = [param for group in made for param in group["params"]]
     if len(given) != len(set(given)):
         raise ValueError("groups name a parameter twice: give each to one group")

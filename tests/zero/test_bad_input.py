@@ -200,6 +200,13 @@ def test_options():
         ZeroOptimizer(model, mesh, precision="fp32")
 
 
+def test_params_of_a_group():
+    """A list, a generator or one tensor, as torch takes them."""
+    model = nn.Linear(4, 4)
+    optimizer = wrapped(model, ParallelMesh.alone(), groups=[{"params": model.weight}, {"params": (p for p in [model.bias]), "lr": 0.5}])
+    assert [(group["params"], group["lr"]) for group in optimizer.param_groups] == [([model.weight], 1e-2), ([model.bias], 0.5)]
+
+
 def test_cannot_be_copied_or_given_more():
     optimizer = wrapped(Plain(blocks=1), ParallelMesh.alone())
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):

@@ -13,7 +13,7 @@ from megapar.transport import start_all_gather
 from megapar.zero.optimizer import ZeroOptimizer
 from megapar.zero.setup import AdamW
 from tests.parity import logical
-from tests.zero.common import TOKENS, Plain, backward, decoder, loss_sum, micro_batch, plain_loss, reduced, weights, wrapped
+from tests.zero.common import GPT, TOKENS, Plain, backward, decoder, loss_sum, micro_batch, plain_loss, reduced, weights, wrapped
 
 
 def against_torch(kind: str, stage: int) -> None:
@@ -83,14 +83,14 @@ def test_decay(ranks):
     ranks.run(2, decays)
 
 
-def results() -> None:
-    mesh = ParallelMesh()
-    alone = decoder(ParallelMesh.alone())
+def results(tp: int, sequence_parallel: bool) -> None:
+    mesh = ParallelMesh(tp=tp)
+    alone = decoder(ParallelMesh.alone(), GPT)
     for rank in range(mesh.dp.size):
         loss_sum(alone, micro_batch(rank, 0, 0)).backward()
     count = sum(5 + rank for rank in range(mesh.dp.size))
     norm = math.sqrt(sum(float((p.grad.double() / count).square().sum()) for p in alone.parameters()))
-    optimizer = wrapped(decoder(mesh), mesh, max_norm=1e-3)
+    optimizer = wrapped(decoder(mesh, GPT, sequence_parallel=sequence_parallel), mesh, max_norm=1e-3)
     backward(optimizer, 0, 1)
     told = optimizer.step(5 + mesh.dp.rank, shared=[1.0, torch.tensor(2.0 + mesh.world.rank)])
     assert abs(float(told.grad_norm) - norm) <= 1e-6 * norm, "of the mean, before clipping"
@@ -106,8 +106,9 @@ def results() -> None:
 
 
 def test_results(ranks):
-    for world in (1, 2, 3):
-        ranks.run(world, results)
+    """Ranks of tp count their samples once, and what several of them hold once in the norm."""
+    for world, tp, sequence_parallel in ((1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (4, 2, True)):
+        ranks.run(world, results, tp, sequence_parallel)
 
 
 def clips() -> None:
