@@ -113,9 +113,7 @@ class GradBuckets(MainGrads):
         self._ends = ends = last or self.how.every == "micro_batch"
         passes = 1 if self.how.every == "micro_batch" else self._passes
         self._chunks_ended = False
-        # Weight gradients that are put off (a pipeline's W) end the windows of several chunks in turns.
-        in_turns = len(set(self.chunk_of.values())) > 1 and any(getattr(param, "_deferral", None) is not None for param in self.params)
-        if ends and self.how.overlap and not self.alone and not in_turns:
+        if ends and self.how.overlap and not self.alone:
             self._expected = [None if uses is None else uses * passes for uses in self._uses]
         try:
             yield

@@ -169,10 +169,10 @@ def test_covering_array(ranks):
 # How often, and when, gradients are reduced.
 
 
-def reductions(kind: str, dp: int) -> None:
-    """With reduce_every="micro_batch" each bucket once a micro-batch; from the second step on most start while backward goes on."""
+def reductions(kind: str, chunks: int) -> None:
+    """With reduce_every="micro_batch" each bucket once a micro-batch; from the second step on all start while backward goes on."""
     mesh = ParallelMesh(pp=2)
-    case = {**LAYOUT, "pp": 2, "dp": dp, "kind": kind, "stage": 2, "reduce_every": "micro_batch"}
+    case = {**LAYOUT, "pp": 2, "dp": 2, "kind": kind, "chunks": chunks, "stage": 2, "reduce_every": "micro_batch"}
     train, started = trainer(case, mesh, bucket_bytes=1), []
     grads = train.optimizer.grads
     start, end_window = grads._start, grads.end_window
@@ -202,6 +202,6 @@ def put_off() -> None:
 
 
 def test_windows_of_a_pipeline(ranks):
-    ranks.run(4, reductions, "1f1b", 2)
-    ranks.run(4, reductions, "zero_bubble", 2)
+    for kind, chunks in (("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2)):
+        ranks.run(4, reductions, kind, chunks)
     ranks.run(2, put_off)
