@@ -26,6 +26,8 @@ from megapar.zero.layout import Bucket, Layout
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
 
+VARIES = 0
+"""Uses of a parameter that was used now more often and now less: its bucket leaves when the window ends."""
 Window = Literal["step", "micro_batch"]
 
 
@@ -87,7 +89,7 @@ class GradBuckets(MainGrads):
         """Room for every rank's shard; main_grad is the part without padding, which is zero and stays so."""
         param, size = self.params[index], self._member(index).size * self.axis.size
         flat = torch.empty(size, dtype=self.dtype, device=param.device)
-        flat[param.numel() :].zero_()
+        flat[param.numel() :].zero_()  # it travels with the rest
         self._flat[index], param.main_grad = flat, flat[: param.numel()].view(param.shape)
 
     def whole(self, index: int) -> Tensor:
@@ -114,7 +116,7 @@ class GradBuckets(MainGrads):
         passes = 1 if self.how.every == "micro_batch" else self._passes
         self._chunks_ended = False
         if ends and self.how.overlap and not self.alone:
-            self._expected = [None if uses is None else uses * passes for uses in self._uses]
+            self._expected = [uses * passes if uses else None for uses in self._uses]
         try:
             yield
         finally:
@@ -179,7 +181,8 @@ class GradBuckets(MainGrads):
     def _learn(self, bucket: Bucket, passes: int) -> None:
         for member in bucket.members:
             uses, rest = divmod(self._writes[member.index], max(passes, 1))
-            self._uses[member.index] = None if rest else uses
+            known = self._uses[member.index] in (None, uses)
+            self._uses[member.index] = uses if known and not rest else VARIES
             self._writes[member.index] = 0
 
     @torch.no_grad()
@@ -259,12 +262,9 @@ class GradBuckets(MainGrads):
 
     def _sum_partial(self) -> None:
         """Adds the shards of parameters whose gradient is partial over other axes: one all-reduce for each axis."""
-        pending = []
         for axis, indices in self._sums:
-            flat = torch.cat([self.shards[index] for index in indices])
-            pending.append((indices, start_all_reduce(flat, axis)))
-        for indices, sums in pending:
-            parts = sums.wait().split([self.shards[index].numel() for index in indices])
+            flat = start_all_reduce(torch.cat([self.shards[index] for index in indices]), axis).wait()
+            parts = flat.split([self.shards[index].numel() for index in indices])
             for index, part in zip(indices, parts, strict=True):
                 self.shards[index].copy_(part)
 

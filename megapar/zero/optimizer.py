@@ -27,7 +27,7 @@ from megapar.params import Modules
 from megapar.zero.buckets import GradBuckets, Reduction, Window
 from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
-from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_count, check_loss, check_unchanged, grouped, listed
+from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_count, check_loss, check_unchanged, convert_frozen, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, fill
 from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
 from megapar.zero.weights import Weights, storage_bytes
@@ -76,7 +76,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._listed = found = listed(self.chunks, stage, mesh.tp.rank)
             self.layout = make_layout(found.entries, mesh.dp.size, -(-bucket_bytes // 4))
             super().__init__(grouped(found, self.update, groups), self.update.defaults)
-        except ValueError as caught:
+        except (TypeError, ValueError) as caught:
             error = caught
         raise_together(error, mesh.world)
         told = [repr({**group, "params": len(group["params"])}) for group in self.param_groups]
@@ -88,6 +88,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         found, mesh, options, precision = self._listed, self.mesh, self.options, self.precision
         replicated, axis = options.stage == 0, mesh.dp
         intervals = [(0, p.numel()) if replicated else self.layout.interval(i, axis.rank) for i, p in enumerate(found.params)]
+        convert_frozen(self.chunks, precision.param)
         self.sharded = ShardedState(found.params, found.specs, intervals, precision)
         self.weights = Weights(found.params, self.layout, axis, precision.param, replicated=replicated, sharded=options.stage == 3)
         native = options.reduction == "native" if options.reduction else mesh.device.type == "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -140,6 +141,12 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
     return made
 
 
+def convert_frozen(chunks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Parameters that do not train meet those that do in the same products."""
+    for param in (param for chunk in chunks for param in chunk.parameters() if not param.requires_grad and param.is_floating_point()):
+        param.data = param.data.to(dtype)
+
+
 def check_loss(loss: Tensor) -> None:
     """Raises ValueError unless `backward` can start from it."""
     if loss.dim() != 0 or not loss.requires_grad or loss.dtype not in (torch.float32, torch.float64):
@@ -149,9 +156,9 @@ def check_loss(loss: Tensor) -> None:
 
 def check_count(count: Any) -> None:
     """Raises ValueError unless a step can be told so what its losses are sums over."""
-    if not isinstance(count, (int, float, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
+    if not isinstance(count, (Real, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
         raise ValueError(f"step was given the count {count!r} and needs a number: how many losses this rank's sums are sums over")
-    if not isinstance(count, Tensor) and not 0 <= count < float("inf"):
+    if isinstance(count, Real) and not 0 <= float(count) < float("inf"):
         raise ValueError(f"step was given the count {count} and gradients are divided by it: it must be 0 or more, and finite")
 
 

@@ -254,3 +254,17 @@ def in_one_backward() -> None:
 
 def test_accumulation(ranks):
     ranks.run(2, in_one_backward)
+
+
+def now_and_then() -> None:
+    """A block that some steps leave out (LayerDrop) is no surprise when it comes back, whether or not the first step had it."""
+    mesh, whole, short = ParallelMesh(), chain(0, 1, 2, 3, 4), chain(0, 1, 3, 4)
+    for first in (True, False):
+        optimizer = wrapped(Many(), mesh, stage=1, bucket_bytes=1)
+        for step, use in enumerate([whole if (step % 2 == 0) == first else short for step in range(5)]):
+            optimizer.backward(optimizer.chunks[0](data(mesh.dp.rank, step, 0), use).square().sum())
+            optimizer.step(3)
+
+
+def test_a_block_left_out_now_and_then(ranks):
+    ranks.run(2, now_and_then)

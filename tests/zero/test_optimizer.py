@@ -159,3 +159,11 @@ def test_payload(ranks):
     for world in (2, 3):
         for stage in (0, 2):
             ranks.run(world, bf16_payload, stage)
+
+
+def test_frozen_parameters_are_converted_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    optimizer = ZeroOptimizer(model, ParallelMesh.alone(), precision="bf16")
+    optimizer.backward(model(torch.ones(2, 4, dtype=torch.bfloat16)).float().sum())
+    assert float(optimizer.step(2).grad_norm) > 0
