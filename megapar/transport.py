@@ -171,8 +171,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = N
             flat[part].copy_(_ordered_sum([p[axis.rank] for p in parts], dtype=dtype))
 
         return _Pieces(memory, Kind.REDUCE_SCATTER, x.view(axis.size, -1), add, total)
-    if x.device.type != "cpu" and native:
-        x = x.to(dtype)
+    if x.device.type != "cpu" and native and dtype == x.dtype:
         out = x.new_empty((c, *x.shape[1:]))
         return _Messages([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
     if x.device.type != "cpu":

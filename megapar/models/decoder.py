@@ -127,8 +127,11 @@ class Decoder(DecoderStage):
     ) -> None:
         super().__init__(config, vocab_size, mesh, sequence_parallel=sequence_parallel, recompute=recompute, seed=seed, dtype=dtype)
 
-    def forward(self, batch: TokenBatch | Tensor) -> Tensor:  # type: ignore[override]
-        """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]."""
+    def forward(self, batch: TokenBatch | Tensor | None, stage_batch: TokenBatch | None = None) -> Tensor:  # type: ignore[override]
+        """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]; with (None, TokenBatch), as a stage, hidden states."""
+        if stage_batch is not None:
+            return super().forward(None, stage_batch)
+        assert batch is not None
         if isinstance(batch, Tensor):
             batch = TokenBatch.of(batch)
         return self.logits(self.hidden(batch), batch)
@@ -140,7 +143,7 @@ class Decoder(DecoderStage):
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """What the output projection is given: [t, h], or [ceil(t / tp), h] with sequence parallelism."""
-        return super().forward(None, batch)
+        return self(None, batch)  # by the module's call, on which ZeRO's gathers hang
 
 
 class LearnedPositions(nn.Module):

@@ -87,15 +87,18 @@ class StepState:
         """[n]: how many steps each row's parameters have taken."""
         return self.counters[:, 0]
 
-    def progress(self) -> dict[str, float]:
-        """What is to be saved, as plain numbers: the most steps applied, and where the loss scale is."""
-        applied, (scale, growth, hysteresis) = self.applied_steps.tolist(), self.scalars[3:].tolist()
-        return {"applied_steps": max(applied, default=0.0), "loss_scale": scale, "growth": growth, "hysteresis": hysteresis}
+    def progress(self, *, scale: bool = True) -> dict[str, float]:
+        """What is to be saved, as plain numbers: the most steps applied and, with `scale`, where the loss scale is."""
+        told = dict(zip(FIELDS[3:], self.scalars[3:].tolist(), strict=True)) if scale else {}
+        return {"applied_steps": max(self.applied_steps.tolist(), default=0.0), **told}
 
-    def restore(self, progress: Mapping[str, float]) -> None:
-        """Goes on from what `progress` told, for all rows."""
+    def restore(self, progress: Mapping[str, float], *, scale: bool = True) -> None:
+        """Goes on from what `progress` told, for all rows; what it did not tell stays."""
         self.applied_steps.fill_(progress["applied_steps"])
-        self.scalars[2:].copy_(torch.tensor([0.0, *(progress[name] for name in ("loss_scale", "growth", "hysteresis"))]))
+        self.skip.zero_()
+        for place, name in enumerate(FIELDS[3:], 3):
+            if scale and name in progress:
+                self.scalars[place] = progress[name]
 
 
 def step_state_(

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from megapar.ops.adamw import split
 from megapar.ops.step_state import LossScaling
 
 Master = Literal["fp32", "remainder"] | None
@@ -87,10 +89,18 @@ class Precision:
         made = Precision(**usual[name])  # type: ignore[arg-type]
         return made if master == "default" else replace(made, master=master)
 
+    def convert(self, values: Tensor) -> Tensor:
+        """Values to the parameters' format, as the update rounds them: with a remainder, ties away from zero."""
+        return split(values.float())[0] if self.master == "remainder" else values.to(self.param)
+
+    @property
+    def dynamic(self) -> LossScaling | None:
+        """How the loss scale moves, if it does."""
+        return None if self.scaler is None else self.scaler.dynamic
+
     @property
     def first_scale(self) -> dict[str, Any]:
         """What `StepState.create` is to be told of the loss scale."""
         if self.scaler is None:
             return {}
-        dynamic = self.scaler.dynamic
-        return {"loss_scale": self.scaler.init_scale} | ({} if dynamic is None else {"hysteresis": dynamic.hysteresis})
+        return {"loss_scale": self.scaler.init_scale} | ({} if self.dynamic is None else {"hysteresis": self.dynamic.hysteresis})

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def _write_rank(folder: Path, boxes: Iterable[StateBox], rank: int) -> dict[str,
     tensors, entries = {}, []
     for kind, piece, values in ((box.kind, box.piece, box.read()) for box in boxes if box.owned):
         key = f"{kind}/{piece.name}@{','.join(map(str, piece.start))}"
+        if key in tensors:
+            raise ValueError(f"two parameters hold {piece.name}: give the stages of a model the names that they have in the whole")
         tensors[key] = values.detach().cpu().contiguous()
         told = {"shape": piece.shape, "start": piece.start, "stop": piece.stop, "dtype": str(values.dtype).removeprefix("torch.")}
         entries.append({"kind": kind, "name": piece.name, "file": file, "key": key, **told})
@@ -121,6 +124,10 @@ def _write_rank(folder: Path, boxes: Iterable[StateBox], rank: int) -> dict[str,
 
 def _commit(partial: Path, folder: Path, ranks: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
     files = {name: told for rank in ranks for name, told in rank["files"].items()}
+    places = [(e["kind"], e["name"], *e["start"]) for rank in ranks for e in rank["entries"]]
+    if len(set(places)) < len(places):
+        name = next(name for (_, name, *_), seen in Counter(places).items() if seen > 1)
+        raise ValueError(f"two ranks hold {name}: give the stages of a model the names that they have in the whole")
     manifest = {"format": FORMAT, "state": dict(state), "files": files, "tensors": [e for rank in ranks for e in rank["entries"]]}
     with open(partial / MANIFEST, "w", encoding="utf-8") as out:
         json.dump({**manifest, "sha256": _digest(manifest)}, out)

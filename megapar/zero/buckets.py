@@ -62,6 +62,7 @@ class GradBuckets(MainGrads):
         self._flat: list[Tensor | None] = [None] * len(params)
         self._uses: list[int | None] = [None] * len(params)
         self.chunk_of = chunk_of or {}
+        self._closed, self._passes = False, 0
         self._is_open = self._ends = self._chunks_ended = False
         self._expected: list[int | None] = []
         self._under_way: list[tuple[Bucket, Pending]] = []
@@ -110,6 +111,9 @@ class GradBuckets(MainGrads):
     @contextmanager
     def accumulating(self, backwards: int, last: bool) -> Iterator[None]:
         """Inside it `backwards` more passes over the model may write gradients; the window ends with the last of them, if it is `last`."""
+        if self._closed:
+            raise ValueError("an earlier backward of this step was its last and its gradients were summed: give all but one last=False")
+        self._closed = last
         self._passes += backwards
         self._is_open = True
         self._ends = ends = last or self.how.every == "micro_batch"
@@ -202,9 +206,8 @@ class GradBuckets(MainGrads):
             param._main_grad_written = False
             if self.how.pooled:
                 self._flat[index] = param.main_grad = None
-        native = self.how.native and self.axis.size > 1
         wide = torch.promote_types(self.how.payload, torch.float32)
-        self._under_way.append((bucket, start_reduce_scatter(packed, self.axis, dtype=wide, native=native, tag=REDUCE)))
+        self._under_way.append((bucket, start_reduce_scatter(packed, self.axis, dtype=wide, native=self.how.native, tag=REDUCE)))
         while len(self._under_way) > (UNDER_WAY if self.how.overlap else 0):
             self._collect()
 
@@ -228,6 +231,7 @@ class GradBuckets(MainGrads):
         for _, pending in self._under_way:
             pending.wait()
         count = len(self.layout.buckets)
+        self._closed = False
         self._passes, self._writes = 0, [0] * len(self.layout.entries)
         self._expected = [None] * len(self.layout.entries)
         self._started, self._reduced = [False] * count, [False] * count

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.transport import Pending
+from megapar.zero.buckets import UNDER_WAY
 from megapar.zero.layout import Bucket
 from megapar.zero.weights import Weights
 
@@ -62,17 +63,18 @@ def _inside(module: nn.Module, units: Sequence[Unit]) -> bool:
 class Gathers:
     """Brings whole weights to the units that use them.
 
-    frees: whether weights are freed at all (stage 3), and with it `after_use` whether after each use or once a step. Without sharded
-    weights there is nothing to do, except after `start_all`. ahead: whether gathers start before they are needed.
+    after_use: sharded weights (stage 3) are freed after each use, or once a step. Without sharded weights there is nothing to do, except
+    after `start_all`, for which it `watches` the modules. ahead: whether gathers start before they are needed.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], weights: Weights, *, after_use: bool, ahead: bool) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], weights: Weights, *, after_use: bool, ahead: bool, watches: bool) -> None:
         self.weights, self.after_use, self.ahead = weights, after_use and weights.sharded, ahead
         self.units: list[list[Unit]] = []
         self._buckets: dict[Unit, tuple[Bucket, ...]] = {}
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, tuple[Bucket, Pending]] = {}
         self._whole = {bucket.number for bucket in weights.layout.buckets}
         self._used_last: Unit | None = None
+        self._reading = False
         self._given: dict[Unit, dict[int, int]] = {}
         index = {param: i for i, param in enumerate(weights.params)}
         for number, chunk in enumerate(chunks):
@@ -82,7 +84,7 @@ class Gathers:
                 mine = {index[param] for param, holder in owner.items() if holder is unit and param in index}
                 found = [b for b in weights.layout.buckets if any(member.index in mine for member in b.members)]
                 self._buckets[unit] = tuple(reversed(found))
-            if weights.axis.size > 1:
+            if weights.sharded or (watches and weights.axis.size > 1):
                 self._watch(chunk, units)
         if weights.sharded:
             for param, entry in zip(weights.params, weights.layout.entries, strict=True):
@@ -116,6 +118,15 @@ class Gathers:
         for bucket in reversed(self.weights.layout.buckets):
             self._start(bucket)
 
+    def gather_all(self) -> None:
+        """As `start_all`, and waits; a few buckets are under way at once."""
+        self._whole.clear()
+        for bucket in reversed(self.weights.layout.buckets):
+            self._start(bucket)
+            while len(self._pending) > UNDER_WAY:
+                self._end(next(iter(self._pending.values()))[0])
+        self.release()
+
     def release(self) -> None:
         """Frees all weights that are sharded, waiting for gathers that nobody has used."""
         for bucket in self.weights.layout.buckets:
@@ -133,7 +144,11 @@ class Gathers:
             self._start(bucket)
             self._end(bucket)
         versions = [param._version for param in self.weights.params]
-        yield
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
         if self.weights.sharded:
             changed = [i for i, param in enumerate(self.weights.params) if param._version != versions[i]]
             if changed:
@@ -145,29 +160,36 @@ class Gathers:
 
     def _start(self, bucket: Bucket) -> None:
         if bucket.number not in self._whole and bucket.number not in self._pending:
-            self._pending[bucket.number] = self.weights.start_gather(bucket)
+            self._pending[bucket.number] = bucket, self.weights.start_gather(bucket)
 
     def _end(self, bucket: Bucket) -> None:
-        pending = self._pending.pop(bucket.number, None)
-        if pending is None:
+        if bucket.number not in self._pending:
             return
+        if not self.weights.sharded:
+            # In the order of their starts, whatever this rank uses first: pieces of them are still to be posted, in one order on all ranks.
+            while (first := next(iter(self._pending))) != bucket.number:
+                self._end(self._pending[first][0])
+        _, pending = self._pending.pop(bucket.number)
         self.weights.end_gather(bucket, pending)
         self._whole.add(bucket.number)
         for member in bucket.members:
             _set_freed(self.weights.params[member.index], False)
 
     def _free(self, buckets: Iterable[Bucket]) -> None:
-        for bucket in buckets:
+        for bucket in [] if self._reading else list(buckets):
             self.weights.free([bucket])
             self._whole.discard(bucket.number)
             for member in bucket.members:
                 _set_freed(self.weights.params[member.index], True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gathers:
+        raise TypeError("a model whose weights are gathered by its modules cannot be copied: copy it before wrapping, or copy state_dict()")
+
     # Hooks
 
     def _watch(self, chunk: nn.Module, units: Sequence[Unit]) -> None:
         *blocks, rest = units
-        chunk.register_forward_pre_hook(lambda module, args: self.use(rest))
+        chunk.register_forward_pre_hook(partial(self._before_chunk, rest))
         for position, unit in enumerate(blocks):
             assert unit.module is not None
             following = blocks[position + 1] if position + 1 < len(blocks) else None
@@ -175,6 +197,9 @@ class Gathers:
             unit.module.register_forward_pre_hook(partial(self._before_forward, unit, following), with_kwargs=True)
             if self.weights.sharded:
                 unit.module.register_forward_hook(partial(self._after_forward, unit, before))
+
+    def _before_chunk(self, rest: Unit, module: nn.Module, args: Any) -> None:
+        self.use(rest)
 
     def _before_forward(self, unit: Unit, following: Unit | None, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.use(unit)

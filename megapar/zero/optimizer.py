@@ -25,10 +25,11 @@ from megapar.ops.step_state import StepState, step_state_
 from megapar.optim.precision import Precision
 from megapar.params import Modules
 from megapar.zero.buckets import GradBuckets, Reduction, Window
+from megapar.zero.checks import Untouched, check_count, check_loss, check_scale
 from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
-from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_count, check_loss, check_unchanged, convert_frozen, grouped, listed
-from megapar.zero.state import ShardedState, StateBox, as_saved, fill
+from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_same_values, convert_frozen, grouped, listed
+from megapar.zero.state import ShardedState, StateBox, as_saved, check_states, fill
 from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
 from megapar.zero.weights import Weights, storage_bytes
 
@@ -82,6 +83,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         told = [repr({**group, "params": len(group["params"])}) for group in self.param_groups]
         told += [self.layout.digest, repr(self.options), repr(self.precision), repr(self.update)]
         check_same(told, mesh.dp, "the parameters (a hash) and options")
+        check_same_values(self.chunks, mesh.dp)
         self._build()
 
     def _build(self) -> None:
@@ -90,15 +92,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         intervals = [(0, p.numel()) if replicated else self.layout.interval(i, axis.rank) for i, p in enumerate(found.params)]
         convert_frozen(self.chunks, precision.param)
         self.sharded = ShardedState(found.params, found.specs, intervals, precision)
-        self.weights = Weights(found.params, self.layout, axis, precision.param, replicated=replicated, sharded=options.stage == 3)
+        self.weights = Weights(found.params, self.layout, axis, precision.convert, replicated=replicated, sharded=options.stage == 3)
         native = options.reduction == "native" if options.reduction else mesh.device.type == "cuda"
         pooled, every = options.stage >= 2, options.reduce_every
         how = Reduction(every, pooled, replicated, precision.main_grad, options.payload, options.overlap, native)
         self.grads = GradBuckets(found.params, self.layout, axis, how, found.chunk_of)
-        self.gathers = Gathers(self.chunks, self.weights, after_use=options.reshard_every == "micro_batch", ahead=options.overlap)
+        after_use, watches = options.reshard_every == "micro_batch", options.gather_ahead
+        self.gathers = Gathers(self.chunks, self.weights, after_use=after_use, ahead=options.overlap, watches=watches)
         self._index = {param: index for index, param in enumerate(found.params)}
         self.step_state = StepState.create(len(self.param_groups), device=mesh.device, **precision.first_scale)
-        self._skipped_before = 0
+        self._untouched = Untouched(self.chunks, found, self.weights)
+        self._skipped = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._scale_before = self.loss_scale.clone()
         self._broken = ""
 
@@ -118,15 +122,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped; waits for the last one."""
-        return self._skipped_before + int(self.step_state.skip)
+        return int(self._skipped)
 
     def backward(self, loss_sum: Tensor, last: bool = True) -> None:
         """Adds the gradients of a sum of losses, a scalar; `last` says that the step's other micro-batches have been.
 
         Raises ValueError for a loss that is no fp32 scalar or does not require a gradient.
         """
-        check_loss(loss_sum)
         with self.accumulating(last=last):
+            check_loss(loss_sum)
             loss_sum.backward(self.loss_scale.to(loss_sum.dtype))
 
     @contextmanager
@@ -169,25 +173,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Nothing waits for the device. Raises ValueError for no backward before, a count that is none, 0 counted by all ranks (on CPU), and
         a loss scale that is at its minimum while gradients overflow.
         """
-        self._check_step(count)
         with self._together("a step"):
+            self._check_step(count)
             self.grads.finish()
             told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
             if told.device.type == "cpu" and not float(rest[0]) > 0:
                 raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
-            scaler = self.precision.scaler
             betas = [group["betas"] for group in self.param_groups]
-            scaling = None if scaler is None else scaler.dynamic
-            rows = list(range(len(betas)))
+            how: dict[str, Any] = {"max_norm": self.options.max_norm, "scaling": self.precision.dynamic}
             self._scale_before.copy_(self.loss_scale)
-            step_state_(self.step_state, told[:3], rest[0], rows=rows, betas=betas, max_norm=self.options.max_norm, scaling=scaling)
+            step_state_(self.step_state, told[:3], rest[0], rows=range(len(betas)), betas=betas, **how)
+            self._skipped += self.step_state.skip
             for row, group in enumerate(self.param_groups):
                 self._update(row, group)
             self._share_weights()
         self.grads.zero()
-        state = self.step_state
-        return StepResult(state.grad_norm.clone(), state.loss_scale.clone(), state.skip.clone(), rest[0], rest[1:])
+        norm, scale, skip = self.step_state.scalars[[1, 3, 2]]  # copies: the next step writes there
+        return StepResult(norm, scale, skip, rest[0], rest[1:])
 
     def _update(self, row: int, group: dict[str, Any]) -> None:
         shards = []
@@ -203,19 +206,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self.weights.sharded:
             self.gathers.release()
         elif not self.weights.replicated:
-            self.gathers.start_all()
-            if not self.options.gather_ahead:
-                self.gathers.release()
+            (self.gathers.start_all if self.options.gather_ahead else self.gathers.gather_all)()
         # Written behind autograd's back: a graph that saved the old weights must not be run backward.
         torch.autograd.graph.increment_version(self._listed.params)
+        self._untouched.remember()
 
     # Reading and saving
 
     @contextmanager
     def unshard(self) -> Iterator[None]:
         """Inside it all weights are whole, for reading. Every rank of dp enters it."""
-        with self._together("unshard"), self.gathers.whole():
-            yield
+        with self._together("unshard"):
+            with self.gathers.whole():
+                yield
+            self._untouched.remember()
 
     def release(self) -> None:
         """Frees whole weights that stage 3 need not keep: after an evaluation."""
@@ -223,6 +227,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def boxes(self) -> Iterator[StateBox]:
         """Weights and moments that this rank holds, as boxes of logical tensors; after writing to them call `loaded`."""
+        self.gathers.release()
         return self.sharded.boxes(self.weights.shards, self.options.stage > 0 or self.mesh.dp.rank == 0)
 
     def bytes_held(self) -> dict[str, int]:
@@ -241,12 +246,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def progress(self) -> dict[str, Any]:
         """What a step changes beside weights and moments, as plain numbers."""
-        return {**self.step_state.progress(), "skipped_steps": self.skipped_steps}
+        return {"skipped_steps": self.skipped_steps, **self.step_state.progress(scale=self.precision.dynamic is not None)}
 
     def set_progress(self, told: Mapping[str, Any]) -> None:
         """Goes on from what `progress` told."""
-        self.step_state.restore(told)
-        self._skipped_before = told["skipped_steps"]
+        self.step_state.restore(told, scale=self.precision.dynamic is not None)
+        self._skipped.fill_(told["skipped_steps"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -257,8 +262,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         states = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
         error: Exception | None = None
         try:
-            if not states or len(states[0]["groups"]) != len(self.param_groups):
-                raise ValueError(f"the state has other param_groups than the {len(self.param_groups)} here: make them as they were saved")
+            check_states(states, len(self.param_groups))
             fill(self.boxes(), [box for state in states for box in state["boxes"]])
         except (ValueError, KeyError) as caught:
             error = caught
@@ -277,15 +281,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         check_count(count)
         if not self.grads.passes:
             raise ValueError("step was called and no backward before it: call optimizer.backward(loss_sum), then step")
-        check_unchanged(self.chunks, self._listed)
-        if float(self.step_state.skip):  # of the step before, long done
-            self._skipped_before += 1
-            dynamic = None if self.precision.scaler is None else self.precision.scaler.dynamic
-            if dynamic is not None and float(self._scale_before) <= dynamic.min_scale:
-                raise ValueError(
-                    f"the loss scale is at its minimum of {dynamic.min_scale:g} and gradients still are not finite: "
-                    "lower the learning rate, check the data, or train in bf16"
-                )
+        self._untouched.check()
+        if self.precision.dynamic is not None:
+            check_scale(self._scale_before, self.step_state.skip, self.precision.dynamic.min_scale)
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
@@ -296,5 +294,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with together(self.mesh, what):
                 yield
         except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
+            if self.mesh.world.size > 1:
+                self._broken = f"{type(error).__name__}: {error}"
             raise

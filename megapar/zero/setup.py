@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from megapar.collectives import gather_json
+from megapar.grads import has_main_grad
+from megapar.mesh import Axis
 from megapar.ops.adamw import check_options
 from megapar.params import ParamSpec, named_specs, spec_of
 from megapar.zero.buckets import Window
@@ -104,15 +107,42 @@ def listed(chunks: Sequence[nn.Module], stage: int, tp_rank: int) -> Listed:
             found.entries.append(Entry(name, param.numel(), group, spec.unit))
     if not found.params:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to optimize")
+    _check_apart(found)
     devices = sorted({str(param.device) for param in found.params})
     if len(devices) > 1:
         raise ValueError(f"parameters are on {' and '.join(devices)}: move the model to one device")
     return found
 
 
+def _check_apart(found: Listed) -> None:
+    """Raises ValueError for two parameters in one memory, which would be two after wrapping."""
+    spans = []
+    for param, entry in zip(found.params, found.entries, strict=True):
+        if param.numel():
+            spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), entry.name))
+    for (_, stop, name), (start, _, other) in pairwise(sorted(spans)):
+        if start < stop:
+            raise ValueError(f"{name} and {other} share memory and would not any more: tie them by assigning the same nn.Parameter")
+
+
+def check_same_values(chunks: Sequence[nn.Module], dp: Axis) -> None:
+    """Raises ValueError on all ranks unless parameters and buffers are the same on all replicas, by two numbers of each."""
+    mine = {}
+    for number, chunk in enumerate(chunks):
+        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+            values = tensor.detach()
+            mine[f"{number}.{name}"] = [float(values.sum(dtype=torch.float64)), float(values.abs().max()) if values.numel() else 0.0]
+    everyone = gather_json(mine, dp)
+    for name, told in everyone[0].items():
+        if any(values.get(name) != told for values in everyone):
+            raise ValueError(f"{name} has different values on the replicas: seed them alike, or load the same weights")
+
+
 def _check_param(name: str, param: nn.Parameter) -> None:
     if param.is_meta:
         raise ValueError(f"{name} is on meta and has no values: initialize the model first")
+    if has_main_grad(param):
+        raise ValueError(f"{name} has an optimizer or MainGrads already, which this one would leave without it: build the model anew")
     if not bool(param.detach().isfinite().all()):
         raise ValueError(f"{name} has values that are not finite: check what it was loaded from")
 
@@ -125,7 +155,7 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
             {"params": [p for p, spec in zip(found.params, found.specs, strict=True) if spec.decay is decay], "weight_decay": decays[decay]}
             for decay in (True, False)
         ]
-        return [group for group in made if group["params"]]
+        return made  # also an empty one: the groups of all pipeline ranks are alike
     made = [{**group, "params": [one] if isinstance(one := group["params"], Tensor) else list(one)} for group in groups]
     given: list[nn.Parameter] = [param for group in made for param in group["params"]]
     if len(given) != len(set(given)):
@@ -145,33 +175,3 @@ def convert_frozen(chunks: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Parameters that do not train meet those that do in the same products."""
     for param in (param for chunk in chunks for param in chunk.parameters() if not param.requires_grad and param.is_floating_point()):
         param.data = param.data.to(dtype)
-
-
-def check_loss(loss: Tensor) -> None:
-    """Raises ValueError unless `backward` can start from it."""
-    if loss.dim() != 0 or not loss.requires_grad or loss.dtype not in (torch.float32, torch.float64):
-        what = f"{loss.dtype} of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-        raise ValueError(f"backward was given a loss that is {what}, and needs an fp32 scalar that the model computed: sum losses in fp32")
-
-
-def check_count(count: Any) -> None:
-    """Raises ValueError unless a step can be told so what its losses are sums over."""
-    if not isinstance(count, (Real, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):
-        raise ValueError(f"step was given the count {count!r} and needs a number: how many losses this rank's sums are sums over")
-    if isinstance(count, Real) and not 0 <= float(count) < float("inf"):
-        raise ValueError(f"step was given the count {count} and gradients are divided by it: it must be 0 or more, and finite")
-
-
-def check_unchanged(chunks: Sequence[nn.Module], found: Listed) -> None:
-    """Raises ValueError if a parameter was added, frozen or thawed since the model was wrapped, or has a gradient that no step sees."""
-    now = dict.fromkeys(param for chunk in chunks for param in chunk.parameters() if param.requires_grad)
-    known = dict(zip(found.params, found.entries, strict=True))
-    for param in now:
-        if param not in known:
-            name = next(name for chunk in chunks for name, other in chunk.named_parameters() if other is param)
-            raise ValueError(f"{name} requires a gradient and the optimizer does not know it: wrap the model after its last change")
-    for param, entry in known.items():
-        if param not in now:
-            raise ValueError(f"{entry.name} was frozen or removed after the model was wrapped: wrap it after its last change")
-        if param.grad is not None:
-            raise ValueError(f"{entry.name} has a .grad, which the step would ignore: gradients arrive by optimizer.backward, clear it")

@@ -94,11 +94,24 @@ def _box(kind: str, piece: Piece, owned: bool, flat: Tensor) -> StateBox:
 
 def as_saved(found: Iterable[StateBox]) -> list[dict[str, Any]]:
     """The boxes that are this rank's to save, as plain data and tensors of their own."""
-    return [
+    saved = [
         {"kind": b.kind, "name": b.piece.name, "shape": list(b.piece.shape), "start": list(b.piece.start), "values": b.read().clone()}
         for b in found
         if b.owned
     ]
+    places = [(box["kind"], box["name"], *box["start"]) for box in saved]
+    if len(set(places)) < len(places):
+        name = next(place[1] for place in places if places.count(place) > 1)
+        raise ValueError(f"two parameters hold {name}: give the stages of a model the names that they have in the whole")
+    return saved
+
+
+def check_states(states: Sequence[Mapping[str, Any]], groups: int) -> None:
+    """Raises ValueError unless they are what `state_dict` returned, of an optimizer with as many param_groups."""
+    if not states or any(not {"groups", "progress", "boxes"} <= state.keys() for state in states):
+        raise ValueError("the state is not what state_dict of a ZeroOptimizer returned: give those of all ranks")
+    if len(states[0]["groups"]) != groups:
+        raise ValueError(f"the state has other param_groups than the {groups} here: make them as they were saved")
 
 
 def fill(found: Iterable[StateBox], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -62,13 +62,18 @@ def step_totals(grads: GradBuckets, specs: Sequence[ParamSpec], mesh: ParallelMe
         if spec.owner and stop > start:
             owned.append(grads.shards[index][: stop - start])
     grad_norm_(total, owned)
-    mine = [torch.as_tensor(value, dtype=torch.float64, device=mesh.device).reshape(1) for value in (count, *shared)]
+    mine = [
+        # A number is filled in on the device: a copy from the host would wait for it.
+        value.detach().to(total).reshape(1) if isinstance(value, Tensor) else total.new_full((1,), float(value))
+        for value in (count, *shared)
+    ]
     if mesh.tp.rank:  # the ranks of tp have seen the same samples
         mine[0] = torch.zeros_like(mine[0])
     told = torch.cat([total, *mine])
     wide = [axis for axis in (mesh.tp, mesh.dp, mesh.pp) if axis.size > 1]
     for axis in wide if len(wide) == 1 else [mesh.world] if wide else []:
         told = start_all_reduce(told, axis).wait()
+    told[1] += ~(told[3] > 0)  # a count of 0 skips the step where the host does not look at it
     return told
 
 

@@ -6,7 +6,7 @@ what autograd saved of them is there again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,20 @@ from megapar.zero.layout import Bucket, Layout
 
 
 class Weights:
-    """The memory of `params`, the layout's entries, converted to `dtype`. sharded: whole ones are freed by `free`, and now.
+    """The memory of `params`, the layout's entries, after `convert`. sharded: whole ones are freed by `free`, and now.
 
     `shards[i]`: what this rank updates, with padding; without sharding of anything (`replicated`) all of the parameter.
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, dtype: torch.dtype, *, replicated: bool, sharded: bool
+        self,
+        params: Sequence[nn.Parameter],
+        layout: Layout,
+        axis: Axis,
+        convert: Callable[[Tensor], Tensor],
+        *,
+        replicated: bool,
+        sharded: bool,
     ) -> None:
         self.params, self.layout, self.axis, self.sharded = list(params), layout, axis, sharded and axis.size > 1
         self.replicated = replicated or axis.size == 1
@@ -32,8 +39,9 @@ class Weights:
         sizes = {member.index: member.size for bucket in layout.buckets for member in bucket.members}
         with torch.no_grad():
             for index, param in enumerate(self.params):
-                flat = param.new_zeros(sizes[index] * axis.size, dtype=dtype)
-                flat[: param.numel()].view(param.shape).copy_(param)
+                values = convert(param.detach())
+                flat = values.new_zeros(sizes[index] * axis.size)
+                flat[: param.numel()].view(param.shape).copy_(values)
                 # Through .data the parameter stays the same object for whoever holds it: layers, ties, the user's own lists.
                 param.data = flat[: param.numel()].view(param.shape)
                 self._flat[index] = flat
@@ -43,6 +51,13 @@ class Weights:
     def whole(self, index: int) -> Tensor:
         """Room for every rank's shard, of which the parameter is the part without padding."""
         return self._flat[index]
+
+    def has(self, index: int) -> bool:
+        """Whether the parameter still is what lies here."""
+        flat, param = self._flat[index], self.params[index]
+        if flat.untyped_storage().nbytes() == 0:
+            return param.dtype == flat.dtype and param.device == flat.device
+        return param.dtype == flat.dtype and param.data_ptr() == flat.data_ptr()
 
     def tensors(self) -> list[Tensor]:
         """All that it holds; some share memory, some have none now."""

@@ -27,7 +27,7 @@ from megapar.training.metrics import read_metrics
 from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "peak_bytes")
 
 
 def corpus(folder: Path, seed: int = 0) -> str:

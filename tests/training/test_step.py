@@ -55,8 +55,9 @@ def train(
     model = PipelinedDecoder(config, VOCAB, mesh, seed=1, **made)
     step, told = TrainStep(model, mesh), []
     for i in range(3):
-        for together in [batches(i)] if schedule is not None else [[batch] for batch in batches(i)]:
-            step.accumulate(together)
+        together = [batches(i)] if schedule is not None else [[batch] for batch in batches(i)]
+        for number, some in enumerate(together):
+            step.accumulate(some, last=number == len(together) - 1)
         result = step.update(0.01 * (i + 1), stop=False)
         told.append([result.loss, result.grad_norm, result.tokens])
     return told, model
@@ -131,7 +132,7 @@ def test_only_matrices_decay():
     step = TrainStep(model, mesh)
     with torch.no_grad():
         for param in model.grads.params:
-            param.add_(1.0)
+            param.data.add_(1.0)
     before = {name: param.detach().clone() for name, param, _ in named_specs(model.stages)}
     step.accumulate(batches(0)[:1])
     step.update(0.1, stop=False)
@@ -147,8 +148,8 @@ def test_the_same_gradients_give_torchs_weights():
     theirs = Decoder(LLAMA, VOCAB, mesh, seed=1)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for i in range(3):
-        for batch in batches(i):
-            step.accumulate([batch])
+        for number, batch in enumerate(batches(i)):
+            step.accumulate([batch], last=number == 2)
         for mine, other in zip(step.model.grads.params, theirs.parameters(), strict=True):
             other.grad = mine.main_grad * (1.0 / 28)
         step.update(lr, stop=False)

@@ -196,7 +196,7 @@ def test_options():
     with pytest.raises(ValueError, match="weight is on meta and has no values"):
         ZeroOptimizer(nn.Linear(2, 2, device="meta"), mesh)
     ZeroOptimizer(model, mesh, precision="fp32")
-    with pytest.raises(ValueError, match="already has a main_grad"):
+    with pytest.raises(ValueError, match="has an optimizer or MainGrads already"):
         ZeroOptimizer(model, mesh, precision="fp32")
 
 

@@ -155,7 +155,6 @@ TOUCHES: dict[str, Callable[[nn.Parameter, nn.Module], Any]] = {
     "vector": lambda p, _: nn.utils.parameters_to_vector([p]),
     "apply": lambda p, _: Double.apply(p),
     "state_dict": lambda _, m: m.state_dict(),
-    "model deepcopy": lambda _, m: copy.deepcopy(m),
     "load_state_dict": lambda _, m: m.load_state_dict({name: torch.zeros(p.shape) for name, p in m.named_parameters()}),
     "half": lambda _, m: m.half(),
 }

@@ -174,7 +174,7 @@ def bad_states(name: str) -> None:
     "name,words",
     [
         ("one rank's", "give the states of all ranks"),
-        ("none", "other param_groups"),
+        ("none", "is not what state_dict of a ZeroOptimizer returned"),
         ("groups", "other param_groups"),
         ("shape", "has shape"),
     ],
