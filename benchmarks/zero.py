@@ -1,6 +1,7 @@
 """ZeRO's stages in a decoder's whole training step: data-parallel ranks, gradient accumulation, clipping by the global norm, AdamW.
 
     python -m benchmarks.zero --deepspeed DIR      DIR: where pip put DeepSpeed
+    python -m benchmarks.zero --eager --deepspeed DIR      nothing compiled: three minutes
     python -m benchmarks.zero --quick              a small model, two repeats: does everything run?
     python -m benchmarks.zero --memory             instead: the largest micro-batch that each stage fits under a cap (zero_memory.py)
 
@@ -257,6 +258,7 @@ def main(
     ranks: int = 2,
     deepspeed: Path | None = None,
     quick: bool = False,
+    eager: bool = False,
     memory: bool = False,
     cap: int = 256,
     timeout: float = 400,
@@ -268,6 +270,7 @@ def main(
         ranks: processes.
         deepspeed: folder that holds DeepSpeed, by pip install --target; it is missing otherwise.
         quick: a small model, two repeats, nothing compiled, no reference, no peaks, a cap of 4 MB; writes nothing.
+        eager: nothing compiled, no reference, no peaks: three minutes.
         memory: the largest micro-batches instead.
         cap: MB of tensors that they may take.
         timeout: seconds that a contender gets to start.
@@ -275,6 +278,8 @@ def main(
     common: dict[str, Any] = {"sizes": TINY if quick else Sizes(), "deepspeed": str(deepspeed.resolve()) if deepspeed else ""}
     grids, bars, samples = [], [], dict[str, Any]()
     missing = {} if deepspeed else {DEEPSPEED: f"pip install --target DIR --no-deps {PACKAGES}, and --deepspeed DIR"}
+    if eager and not memory:
+        missing["compiled contenders, peaks, the reference's launch"] = "python -m benchmarks.zero without --eager"
     for precision in ("fp32", "bf16"):
         case = Case(precision=precision, **common)
         if memory:
@@ -283,9 +288,9 @@ def main(
             samples[precision] = zero_memory.measure(case, ranks, most, timeout, missing)
             grids.append(zero_memory.grid(case, ranks, most, samples[precision]))
             continue
-        for table, more, sampled in launches(case, ranks, 2 if quick else repeats, timeout, quick, missing):
+        for table, more, sampled in launches(case, ranks, 2 if quick else repeats, timeout, quick or eager, missing):
             grids.append(table)
-            bars += [] if quick else more
+            bars += [] if quick else [bar for bar in more if not math.isnan(bar.ratio)]
             samples |= sampled
     report("zero_memory" if memory else "zero", grids, bars, missing, samples, write=not quick)
 
