@@ -158,19 +158,12 @@ def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = N
     if c * axis.size != x.shape[0]:
         x = torch.cat([x, x.new_zeros((c * axis.size - x.shape[0], *x.shape[1:]))])
     x, dtype = x.contiguous(), dtype or x.dtype
-    memory = _memory(x, axis, tag)
+    memory = _memory(x, axis, tag, whole=tag not in DP_TAGS)
+    if memory is not None and tag in DP_TAGS:
+        return _reduce_in_pieces(memory, x, x.new_empty((c, *x.shape[1:]), dtype=dtype), axis)
     if memory is not None:
         rows = slice(axis.rank * c, (axis.rank + 1) * c)
         return memory.start(Kind.REDUCE_SCATTER, x, lambda parts: _ordered_sum([part[rows] for part in parts], dtype=dtype))
-    memory = _memory(x, axis, tag, whole=tag not in DP_TAGS)
-    if memory is not None:
-        total = x.new_empty((c, *x.shape[1:]), dtype=dtype)
-        flat = total.view(-1)
-
-        def add(part: slice, parts: list[Tensor]) -> None:
-            flat[part].copy_(_ordered_sum([p[axis.rank] for p in parts], dtype=dtype))
-
-        return _Pieces(memory, Kind.REDUCE_SCATTER, x.view(axis.size, -1), add, total)
     if x.device.type != "cpu" and native and dtype == x.dtype:
         out = x.new_empty((c, *x.shape[1:]))
         return _Messages([_reduce_scatter(out, x, group=group_of(axis), async_op=True)], lambda: out)
@@ -183,6 +176,18 @@ def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = N
     received[axis.rank] = mine[axis.rank]
     works = _exchange(mine, received, axis, tag)
     return _Messages(works, lambda: _ordered_sum(received, dtype=dtype))
+
+
+def _reduce_in_pieces(memory: SharedMemory, x: Tensor, total: Tensor, axis: Axis) -> Pending:
+    """Posts what the other ranks need; each adds its own row from where it is."""
+    rows, flat, size, rank = x.view(axis.size, -1), total.view(-1), axis.size, axis.rank
+    others = rows[1:] if rank == 0 else rows[:-1] if rank == size - 1 else torch.cat([rows[:rank], rows[rank + 1 :]])
+
+    def add(part: slice, parts: list[Tensor]) -> None:
+        terms = [rows[rank, part] if r == rank else parts[r][rank - (rank > r)] for r in range(size)]
+        flat[part].copy_(_ordered_sum(terms, dtype=total.dtype))
+
+    return _Pieces(memory, Kind.REDUCE_SCATTER, others, add, total)
 
 
 def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis, tag: int = 0) -> Works:
