@@ -131,7 +131,8 @@ def check_same_values(chunks: Sequence[nn.Module], dp: Axis) -> None:
     for number, chunk in enumerate(chunks):
         for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
             values = tensor.detach()
-            mine[f"{number}.{name}"] = [float(values.sum(dtype=torch.float64)), float(values.abs().max()) if values.numel() else 0.0]
+            largest = values.abs().max() if values.is_floating_point() and values.numel() else 0.0
+            mine[f"{number}.{name}"] = [str(float(values.sum(dtype=torch.float64))), str(float(largest))]  # as text a nan is itself
     everyone = gather_json(mine, dp)
     for name, told in everyone[0].items():
         if any(values.get(name) != told for values in everyone):

@@ -129,3 +129,19 @@ def within_unshard() -> None:
 
 def test_a_model_that_runs_inside_unshard(ranks):
     ranks.run(2, within_unshard)
+
+
+def odd_buffers() -> None:
+    """Masks of bool, infinities and nan are alike on replicas where they are."""
+    model = nn.Linear(4, 4)
+    for name, value in {"mask": torch.ones(2, 2).bool().tril(), "bias": torch.tensor([-torch.inf, torch.inf]), "ids": torch.arange(3)}.items():
+        model.register_buffer(f"buffer_{name}", value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.init.normal_(model.weight)
+        nn.init.zeros_(model.bias)
+    ZeroOptimizer(model, ParallelMesh())
+
+
+def test_buffers_of_any_kind(ranks):
+    ranks.run(2, odd_buffers)
