@@ -134,8 +134,8 @@ def test_a_model_that_runs_inside_unshard(ranks):
 def odd_buffers() -> None:
     """Masks of bool, infinities and nan are alike on replicas where they are."""
     model = nn.Linear(4, 4)
-    for name, value in {"mask": torch.ones(2, 2).bool().tril(), "bias": torch.tensor([-torch.inf, torch.inf]), "ids": torch.arange(3)}.items():
-        model.register_buffer(f"buffer_{name}", value)
+    for number, value in enumerate((torch.ones(2, 2).bool(), torch.tensor([-torch.inf, torch.inf]), torch.arange(3))):
+        model.register_buffer(f"buffer_{number}", value)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         nn.init.normal_(model.weight)
