@@ -56,6 +56,15 @@ class Piece:
     def numel(self) -> int:
         return math.prod(self.box)
 
+    def overlap(self, start: Sequence[int], stop: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """What it has in common with the box `[start, stop)` of the same tensor: an index of this box and one of that; None if nothing."""
+        low = [max(a, b) for a, b in zip(self.start, start, strict=True)]
+        high = [min(a, b) for a, b in zip(self.stop, stop, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return None
+        here, there = (tuple(slice(a - o, b - o) for a, b, o in zip(low, high, base, strict=True)) for base in (self.start, start))
+        return here, there
+
     @property
     def is_whole(self) -> bool:
         return self.shape == self.box
@@ -172,7 +181,7 @@ def _fill(param: Tensor, spec: ParamSpec, generator_of: Callable[[str], torch.Ge
 
 def seed_of(*words: object) -> int:
     """A 63-bit seed that depends on nothing but `words`."""
-    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
+    digest = hashlib.sha256("\0".join(map(str, words)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -158,12 +158,10 @@ def _fill(folder: Path, piece: Piece, view: Tensor, kind: str, boxes: list[dict[
         if tuple(box["shape"]) != piece.shape:
             shapes = f"of shape {box['shape']} and the model has {list(piece.shape)}"
             raise ValueError(f"{folder} holds {kind} {piece.name} {shapes}: check the config")
-        low = [max(a, b) for a, b in zip(piece.start, box["start"], strict=True)]
-        high = [min(a, b) for a, b in zip(piece.stop, box["stop"], strict=True)]
-        if any(a >= b for a, b in zip(low, high, strict=True)):
+        common = piece.overlap(box["start"], box["stop"])
+        if common is None:
             continue
-        source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, box["start"], strict=True))
-        target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.start, strict=True))
+        target, source = common
         with safe_open(folder / box["file"], framework="pt") as stored:
             part = stored.get_slice(box["key"])[source]
         view[target].copy_(part)

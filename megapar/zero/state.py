@@ -133,13 +133,10 @@ def _cut(box: StateBox, saved: Sequence[Mapping[str, Any]]) -> Tensor:
         if tuple(other["shape"]) != piece.shape:
             raise ValueError(f"the saved {box.kind} {piece.name} has shape {other['shape']} and here {list(piece.shape)}: load its own")
         stop = [a + n for a, n in zip(other["start"], other["values"].shape, strict=True)]
-        low = [max(a, b) for a, b in zip(piece.start, other["start"], strict=True)]
-        high = [min(a, b) for a, b in zip(piece.stop, stop, strict=True)]
-        if all(a < b for a, b in zip(low, high, strict=True)):
-            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, other["start"], strict=True))
-            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.start, strict=True))
-            part = other["values"][source]
-            value[target] = part
+        common = piece.overlap(other["start"], stop)
+        if common is not None:
+            part = other["values"][common[1]]
+            value[common[0]] = part
             filled += part.numel()
     if filled != piece.numel:
         what = f"{filled} of the {piece.numel} elements needed of {box.kind} {piece.name}"
