@@ -18,8 +18,10 @@ from megapar.planning.schedule import parse_costs, plan_schedule
 from megapar.training.config_file import load_config
 from megapar.training.examples import Examples
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
-from megapar.training.loop import check_layout, make_mesh, train
+from megapar.training.layout import check_layout, make_mesh
+from megapar.training.loop import train
 from megapar.training.report import report
+from megapar.training.sections import ranks_of, with_dp
 from megapar.training.text import load_text
 from megapar.training.verify import verify
 from megapar.training.verify_decoder import verify_decoder
@@ -29,13 +31,13 @@ from megapar.training.verify_table import print_cases
 HELP = """\
 megapar: Megatron-style model-parallel layers and training in PyTorch.
 
-  megapar train [CONFIG.toml] [--nproc N|auto] [--section.key value ...]
-      Pretrains a decoder on text. Starts N ranks itself (auto: tp x pp of them), or runs as a rank under
+  megapar train [CONFIG.toml] [--nproc N|auto] [--max-restarts N] [--section.key value ...]
+      Pretrains a decoder on text. Starts N ranks itself (auto: tp x dp x pp of them), or runs as a rank under
       torchrun. Every key of the config can be overridden; megapar train --help lists them.
 
         megapar train configs/demo.toml --nproc auto
         megapar train configs/demo.toml --nproc auto --corpus my_text/ --out runs/mine --save-every 100
-        megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume
+        megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume auto --max-restarts 3
         torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --tp 1 --pp 4 --chunks 1 --microbatches 8
 
   megapar verify [module:build] [--tp N] [--sequence-parallel] [--dp N --zero STAGE --precision KIND]
@@ -92,18 +94,22 @@ def _under_torchrun() -> bool:
 def _train(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", default="1")
+    parser.add_argument("--max-restarts", type=int, default=0)
     known, rest = parser.parse_known_args(arguments)
     path = Path(rest[0]) if rest and not rest[0].startswith("-") else None
     config = load_config(path, rest[1:] if path else rest)
     if not _under_torchrun():
-        ranks = ranks_wanted(known.nproc, config.parallel.tp * config.parallel.dp * config.parallel.pp, config.parallel.device)
+        ranks = ranks_wanted(known.nproc, ranks_of(config), config.parallel.device)
+        config = with_dp(config, ranks)
         check_layout(config, ranks)
-        if ranks > 1:
+        if known.max_restarts and config.run.resume != "auto":
+            raise ValueError(f"--max-restarts {known.max_restarts} needs --resume auto, or each start would begin anew: give it")
+        if ranks > 1 or known.max_restarts:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.
             text = load_text(config.data)
             text.tokenizer.encode(config.run.prompt)
             Examples(text, config)
-            return launch(["train", *rest], ranks)
+            return launch(["train", *rest], ranks, known.max_restarts)
     mesh = make_mesh(config)
     trained = train(config, mesh)
     with named_failures(mesh):

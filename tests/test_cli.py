@@ -106,7 +106,7 @@ def test_doctor(capsys):
         ("train c.toml --data.held-out 1 --tp 2 --nproc 2", "held-out fraction is 1.0"),
         ("train c.toml --tokenizer characters --run.prompt ? --tp 2 --nproc 2", "'?' (U+003F)"),
         ("train c.toml --out c.txt/out", "run.out=c.txt/out cannot hold the metrics"),
-        ("train c.toml --resume --out new", "new/checkpoints holds no checkpoint to resume from"),
+        ("train c.toml --resume yes --out new", "new/checkpoints holds no checkpoint to resume from"),
         ("verify --tp 1", "--tp 1 --dp 1 --pp 1 leaves nothing to compare"),
     ],
 )
@@ -167,8 +167,8 @@ def test_a_run_leaves_what_it_says(folder, capsys):
     assert Path("o/sample.txt").read_text().startswith("cat ")
     assert json.loads(Path("o/config.json").read_text())["run"]["save_every"] == 2
     assert main(["train", "c.toml", "--out", "o"]) == 2
-    assert "go on with --resume" in capsys.readouterr().err
-    assert main(["train", "c.toml", "--out", "o", "--save-every", "2", "--resume", "--optimizer.lr", "0.5"]) == 2
+    assert "give --resume yes" in capsys.readouterr().err
+    assert main(["train", "c.toml", "--out", "o", "--save-every", "2", "--resume", "yes", "--optimizer.lr", "0.5"]) == 2
     assert "optimizer.lr is 0.5 and was 0.001" in capsys.readouterr().err
 
 

@@ -103,6 +103,22 @@ class _VocabEmbedding(torch.autograd.Function):
         return None, None if later else gradient(), None, None, None
 
 
+class _GradientTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, factor: float, x: Tensor) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        return None, dy * ctx.factor
+
+
+def with_gradient_times(factor: float, x: Tensor) -> Tensor:
+    """x itself, whose gradient is multiplied by `factor`: GLM-130B's shrink of the embedding's (arXiv:2210.02414, section 3.1)."""
+    return x if factor == 1.0 else _GradientTimes.apply(factor, x)
+
+
 def standard_normal(full: Tensor, generator: torch.Generator | None) -> None:
     """nn.Embedding's initial table: N(0, 1)."""
     full.normal_(generator=generator)

@@ -39,6 +39,8 @@ class DecoderConfig:
     """Biases in the linear layers."""
     tied_embeddings: bool = False
     """The output projection is the embedding table."""
+    embedding_gradient: float = 1.0
+    """The gradient that reaches the embedding from above is multiplied by this (GLM-130B: 0.1)."""
     init_std: float = 0.02
     """Standard deviation of initial weights; those that write to the residual stream get init_std / sqrt(2 layers)."""
 
@@ -51,6 +53,8 @@ class DecoderConfig:
             value = getattr(self, name)
             if not (0 < value < math.inf or (value == 0 and name != "rope_theta")):
                 raise ValueError(f"model.{name}={value} must be {'above 0' if name == 'rope_theta' else '0 or more'} and finite: change it")
+        if not 0 < self.embedding_gradient <= 1:
+            raise ValueError(f"model.embedding_gradient={self.embedding_gradient} must lie in (0, 1]: 1 turns it off")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}: change one of them")
         if self.head_size is None and self.hidden_size % self.heads:

@@ -13,7 +13,7 @@ from megapar.batch import TokenBatch
 from megapar.collectives import with_summed_grad
 from megapar.layers.attention import Attention
 from megapar.layers.block import DecoderBlock
-from megapar.layers.embedding import VocabParallelEmbedding, check_ids, embed
+from megapar.layers.embedding import VocabParallelEmbedding, check_ids, embed, with_gradient_times
 from megapar.layers.linear import ColumnParallelLinear
 from megapar.layers.mlp import MLP
 from megapar.layers.norm import LayerNorm, RMSNorm
@@ -68,7 +68,7 @@ class DecoderStage(nn.Module):
         if self.is_first:
             if self.positions is not None:
                 check_ids(batch.position_ids, self.config.max_positions, "position_ids")
-            x = self.embedding(batch.tokens)
+            x = with_gradient_times(self.config.embedding_gradient, self.embedding(batch.tokens))
             if self.positions is not None:
                 x = self.positions(x, batch)
         for block in self.blocks.values():

@@ -20,10 +20,13 @@ def causal_lm_loss(model: Decoder, inputs: Tensor, targets: Tensor) -> tuple[Ten
     return token_loss(model, model.hidden(batch), batch)
 
 
-def token_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch, loss_scale: float | Tensor = 1.0) -> tuple[Tensor, int]:
+def token_loss(
+    stage: DecoderStage, hidden: Tensor, batch: TokenBatch, loss_scale: float | Tensor = 1.0, z_loss: float = 0.0
+) -> tuple[Tensor, int]:
     """What the last stage returned, and its batch with targets, to (fp32 sum of the losses in nats, number of targets not IGNORED).
 
-    loss_scale: what backward will be called with. Raises ValueError for a batch without targets.
+    loss_scale: what backward will be called with. z_loss: times log(Z)^2 of every token is added (arXiv:2204.02311, section 5).
+    Raises ValueError for a batch without targets.
     """
     if batch.targets is None:
         raise ValueError("the batch has no targets and the loss needs one for each token: make it with TokenBatch.of(tokens, targets)")
@@ -36,6 +39,7 @@ def token_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch, loss_scal
         vocab_size=stage.vocab_size,
         sequence_parallel=stage.sequence_parallel,
         loss_scale=loss_scale,
+        z_loss=z_loss,
     )
     return loss, int((batch.targets != IGNORED).sum())
 

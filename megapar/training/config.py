@@ -10,6 +10,9 @@ import tyro
 from megapar.models.config import DecoderConfig
 
 Schedules = Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
+Kinds = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+Shapes = Literal["linear", "cosine", "exponential", "one_minus_sqrt"]
+Action = Literal["stop", "skip", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class DataConfig:
     """Tokens in a sample (s)."""
     held_out: float = 0.05
     """The share at the end of the tokens that is only evaluated on."""
+    skip: str = ""
+    """Samples that are left out, as the report of a run names them: `1200:1600 9000:9008`."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,33 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
-    """Learning rate of the last step."""
+    """Learning rate of the last step, below which it never falls."""
+    schedule: Annotated[Kinds, tyro.conf.arg(aliases=["--lr-schedule"])] = "cosine"
+    """What follows the warm-up. wsd: the peak, and a decay at the end."""
+    schedule_unit: Literal["steps", "samples", "tokens"] = "steps"
+    """What the schedule counts; with a batch size that changes, samples or tokens."""
     warmup: float = 0.005
-    """Share of the steps over which the rate rises linearly; a cosine follows."""
+    """How long the rate rises linearly: a share of the run, or from 1 on how many of the unit."""
+    decay: float = 0.1
+    """wsd: how long the decay is, likewise."""
+    decay_shape: Shapes = "linear"
+    """wsd: of the decay."""
+    batch_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """While the batch is smaller than the last one: the rate is lower by that power of their ratio."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; biases and gains have none."""
+    weight_decay_end: float | None = None
+    """Of the last step; none: the same."""
+    weight_decay_schedule: Literal["linear", "cosine"] = "linear"
+    """How it gets there."""
     max_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; none: not clipped."""
+    z_loss: float = 0.0
+    """Times log(Z)^2 of every token is added to the loss that is trained (PaLM: 1e-4)."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +133,8 @@ class ParallelConfig:
 
     tp: Annotated[int, tyro.conf.arg(aliases=["--tp"])] = 1
     """Ranks that share each layer."""
-    dp: Annotated[int, tyro.conf.arg(aliases=["--dp"])] = 1
-    """Replicas of the model, each trained on its share of a step's samples."""
+    dp: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=["--dp"])] = 1
+    """Replicas of the model, each trained on its share of a step's samples. auto: as many as the ranks make."""
     zero_stage: Annotated[int, tyro.conf.arg(aliases=["--zero"])] = 1
     """What the replicas share: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
     reduce_every: Literal["step", "micro_batch"] = "step"
@@ -149,13 +170,45 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """What is done about a step that goes wrong, by all ranks, whichever saw it."""
+
+    preset: Literal["none", "palm"] = "none"
+    """palm: instead of the keys below, back 100 steps before a spike and past the samples of 300, as PaLM's training did."""
+    non_finite: Action = "stop"
+    """A loss or gradient that is not finite (but an overflow that a dynamic loss scale answers)."""
+    spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """A loss or gradient norm far above those of the steps before."""
+    data_error: Action = "stop"
+    """Samples that cannot be read or made."""
+    window: int = 128
+    """spike: how many steps before are looked at; there have to be half as many."""
+    sigma: float | None = 6.0
+    """spike: so many standard deviations above their mean are far."""
+    factor: float | None = None
+    """spike: so many times their median is far, too."""
+    back: int = 0
+    """rollback: to the newest checkpoint that is at least so many steps older than the bad step."""
+    skip_before: int = 0
+    """rollback: beside the bad step's samples, those of so many steps before it are left out."""
+    skip_after: int = 0
+    """rollback: and of so many after it."""
+    max_rollbacks: int = 3
+    """The run stops instead of rolling back once more."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How long, how big, how often, and where to."""
 
     steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 1000
     """Optimizer steps."""
-    batch_size: int = 16
-    """Samples in a step."""
+    length: Annotated[str, tyro.conf.arg(aliases=["--length"])] = ""
+    """Instead of steps: `10M samples` or `2B tokens`."""
+    batch_size: int | str = 16
+    """Samples in a step: a number, or from which sample on which number: `0:64 2M:128 10M:256` (or `... tokens`)."""
+    rampup: str = ""
+    """A smaller batch at first: `16 8 1M` starts with 16 samples and adds 8 in equal parts of 1M samples (or `... tokens`)."""
     micro_batch_size: int | None = None
     """Samples in a forward pass; gradients of a step are accumulated over them. none: batch_size / microbatches."""
     microbatches: Annotated[int | None, tyro.conf.arg(aliases=["--microbatches"])] = None
@@ -165,11 +218,21 @@ class RunConfig:
     eval_every: int = 0
     """Evaluate on the held-out text every so many steps; 0: at the end only."""
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-every"])] = 0
-    """Write a checkpoint every so many steps; 0: never."""
-    resume: Annotated[bool, tyro.conf.arg(aliases=["--resume"])] = False
-    """Go on from the newest checkpoint in `out`."""
+    """Write a checkpoint every so many steps, and on SIGTERM or Ctrl-C; 0: never."""
+    async_save: bool = True
+    """Write it while training goes on."""
+    keep_last: int = 0
+    """Keep so many checkpoints, the newest; 0: all."""
+    keep_every: int = 0
+    """And those of every so many steps; 0: no others."""
+    resume: Annotated[Literal["no", "yes", "auto"], tyro.conf.arg(aliases=["--resume"])] = "no"
+    """Go on from the newest checkpoint in `out`. auto: if there is one."""
+    change: Annotated[str, tyro.conf.arg(aliases=["--change"])] = ""
+    """Keys that a resumed run may have otherwise than it had, such as `optimizer.lr run.steps`."""
     out: Annotated[str, tyro.conf.arg(aliases=["--out"])] = "runs/default"
     """Folder for metrics, checkpoints, pictures and the model."""
+    tensorboard: bool = False
+    """Write events for TensorBoard too (pip install megapar[tensorboard])."""
     sample_tokens: int = 96
     """Length of the text generated at the end."""
     prompt: str = "def "
@@ -188,3 +251,4 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

@@ -14,10 +14,9 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from megapar.ops.step_state import LossScaling
-from megapar.optim.precision import PARAMETERS, LossScaler, Master, Precision
-from megapar.recompute import Recompute
-from megapar.training.config import Config, PrecisionConfig, RunConfig
+from megapar.data.intervals import parse_intervals
+from megapar.training.config import Config, OptimizerConfig
+from megapar.training.sections import check_batches, policy_of, precision_of, rates_of, recompute_of
 
 T = TypeVar("T")
 
@@ -83,75 +82,51 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-def micro_batch_size(run: RunConfig, dp: int = 1) -> int:
-    """Samples in a micro-batch of one of dp replicas. Raises ValueError where the step cannot be cut as the config says."""
-    size, count = run.micro_batch_size, run.microbatches
-    replicas = f" x parallel.dp={dp}" if dp > 1 else ""
-    if size is not None and count is not None and size * count * dp != run.batch_size:
-        both = f"run.micro_batch_size={size} x run.microbatches={count}{replicas}"
-        raise ValueError(f"{both} must be run.batch_size={run.batch_size}: leave one of the two out, or change them")
-    for name, divisor in (("micro_batch_size", size), ("microbatches", count or (1 if dp > 1 else None))):
-        if divisor is not None and run.batch_size % (divisor * dp):
-            raise ValueError(f"run.batch_size={run.batch_size} must be a multiple of run.{name}={divisor}{replicas}: change one")
-    return size if size is not None else run.batch_size // ((count or 1) * dp)
-
-
-def precision_of(config: PrecisionConfig) -> Precision:
-    """What the section says. Raises ValueError where its parts do not go together."""
-    scaler = None
-    if config.loss_scale is not None:
-        scaler = LossScaler.static(config.loss_scale)
-    elif config.kind == "fp16":
-        moving = LossScaling(growth_interval=config.growth_interval, hysteresis=config.hysteresis, min_scale=config.min_scale)
-        scaler = LossScaler(config.init_scale, moving)
-    usual: Master = None if config.kind == "fp32" else "fp32"
-    masters: dict[str, Master] = {"auto": usual, "fp32": "fp32", "remainder": "remainder", "none": None}
-    master = masters[config.master]
-    return Precision(PARAMETERS[config.kind], master=master, scaler=scaler)
-
-
-def recompute_of(config: Config) -> Recompute:
-    """What the section says. Raises ValueError where it contradicts itself."""
-    return Recompute(**dataclasses.asdict(config.recompute))
-
-
 def check(config: Config) -> None:
     """Raises ValueError for sizes that make no run. What depends on the corpus or the world is checked when they are known."""
-    run, optimizer = config.run, config.optimizer
+    run, optimizer, parallel = config.run, config.optimizer, config.parallel
     positive = {
         "run.steps": run.steps,
-        "run.batch_size": run.batch_size,
+        "run.batch_size": run.batch_size if isinstance(run.batch_size, int) else 1,
         "run.micro_batch_size": 1 if run.micro_batch_size is None else run.micro_batch_size,
         "run.microbatches": 1 if run.microbatches is None else run.microbatches,
         "data.sequence_length": config.data.sequence_length,
-        "parallel.tp": config.parallel.tp,
-        "parallel.dp": config.parallel.dp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.chunks": config.parallel.chunks,
-        "parallel.timeout": config.parallel.timeout,
+        "parallel.tp": parallel.tp,
+        "parallel.dp": 1 if parallel.dp == "auto" else parallel.dp,
+        "parallel.pp": parallel.pp,
+        "parallel.chunks": parallel.chunks,
+        "parallel.timeout": parallel.timeout,
         "optimizer.lr": optimizer.lr,
         "optimizer.max_norm": 1.0 if optimizer.max_norm is None else optimizer.max_norm,
     }
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be above 0 and finite: change it")
-    for name in ("eval_every", "save_every", "sample_tokens"):
+    for name in ("eval_every", "save_every", "sample_tokens", "keep_last", "keep_every"):
         if getattr(run, name) < 0:
             raise ValueError(f"run.{name}={getattr(run, name)} must be 0 or more: 0 turns it off")
-    micro_batch_size(run, config.parallel.dp)
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1, 2 or 3: 1 is the default")
+    _check_optimizer(optimizer)
+    if parallel.dp != "auto":
+        check_batches(config)
+    rates_of(config)
     precision_of(config.precision)
-    if config.parallel.zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"parallel.zero_stage={config.parallel.zero_stage} must be 0, 1, 2 or 3: 1 is the default")
-    recompute_of(config).check(config.model.layers, config.parallel.tp, config.parallel.sequence_parallel)
-    if not 0.0 <= optimizer.warmup < 1.0:
-        raise ValueError(f"optimizer.warmup={optimizer.warmup} must lie in [0, 1), it is a share of the steps: 0.005 is the default")
-    if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
-    for name in ("min_lr", "eps", "weight_decay"):
-        if not getattr(optimizer, name) >= 0:
-            raise ValueError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more: raise it")
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")
+    recompute_of(config).check(config.model.layers, parallel.tp, parallel.sequence_parallel)
+    parse_intervals(config.data.skip)
+    if policy_of(config).rolls_back and not run.save_every:
+        raise ValueError("recovery rolls back to checkpoints and run.save_every=0 writes none: give --save-every")
     if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
         lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
         raise ValueError(f"{lengths}: raise the latter")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if not all(0.0 <= beta < 1.0 for beta in optimizer.betas):
+        raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
+    for name in ("min_lr", "eps", "weight_decay", "weight_decay_end", "z_loss"):
+        value = getattr(optimizer, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"optimizer.{name}={value} must be 0 or more: raise it")
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")

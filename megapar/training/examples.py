@@ -1,17 +1,18 @@
 """The run's micro-batches: windows of the corpus, made samples by the objective.
 
-Sample k of a run is a function of the seed and k: its window is the sampler's, its random numbers are Generator(seed, epoch, place in the
-epoch, objective). No rank, layout or resume changes it.
+Sample k is a function of the seed and k: its window is the sampler's, its random numbers are Generator(seed, epoch, place in the epoch,
+objective). No rank, layout or resume changes it. A run takes them in order, without those that are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 import numpy as np
 
 from megapar.batch import TokenBatch
+from megapar.data.intervals import Interval, Remaining, parse_intervals
 from megapar.data.sampler import Sampler
 from megapar.data.tokenizer import Tokenizer
 from megapar.objectives.causal_lm import CausalLM
@@ -40,13 +41,24 @@ class Examples:
         self.objective, self.vocab_size = make_objective(config.objective, self.sequence_length, text.tokenizer)
         self.kind = config.objective.kind
         self._sampler = Sampler(text.train, self.objective.tokens_needed - 1, self.seed)
+        self._always = parse_intervals(config.data.skip)
+        self.remaining = Remaining(self._always)
+
+    def leave_out(self, intervals: Iterable[Interval]) -> None:
+        """From now on the run has no samples with these numbers, nor those of data.skip."""
+        self.remaining = Remaining((*self._always, *intervals))
+
+    def numbers(self, first: int, count: int) -> Interval:
+        """[number of the run's sample `first`, one more than that of its sample first + count - 1)."""
+        return self.remaining.number(first), self.remaining.number(first + count - 1) + 1
 
     def batch(self, first: int, count: int) -> TokenBatch:
-        """Samples first to first + count - 1 of the run, with their targets."""
-        return collate(self.samples(first, count), self.sequence_length)
+        """The run's samples first to first + count - 1, of those that are not left out, with their targets."""
+        samples = [sample for run in self.remaining.runs(first, count) for sample in self.samples(*run)]
+        return collate(samples, self.sequence_length)
 
     def samples(self, first: int, count: int) -> list[Sample]:
-        """The same, one by one."""
+        """Samples with the numbers first to first + count - 1."""
         windows, per_epoch = self._sampler.batch(first, count), self._sampler.samples_per_epoch
         return [self._sample(window, *divmod(number, per_epoch)) for number, window in enumerate(windows, start=first)]
 

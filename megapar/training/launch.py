@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def ranks_wanted(asked: str, needed: int, device: str) -> int:
-    """How many ranks `--nproc` means: `auto` is as many as the layout needs, tp x pp. Raises ValueError where they cannot run."""
+    """How many ranks `--nproc` means: `auto` is as many as the layout needs, tp x dp x pp. Raises ValueError where they cannot run."""
     if asked != "auto" and not (asked.isdecimal() and int(asked) > 0):
         raise ValueError(f"--nproc {asked} must be a number of ranks, 1 or more, or auto: correct it")
     count = needed if asked == "auto" else int(asked)
@@ -32,8 +32,11 @@ def ranks_wanted(asked: str, needed: int, device: str) -> int:
     return count
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Runs `python -m megapar *arguments` in `ranks` processes under torchrun's environment; the exit status."""
+def launch(arguments: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
+    """Runs `python -m megapar *arguments` in `ranks` processes under torchrun's environment; the exit status.
+
+    max_restarts: how often all of them are started again when one has failed.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     # The agent's own account of a failure is a page long; ours is below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -44,7 +47,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
     )
     try:

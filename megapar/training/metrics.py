@@ -17,12 +17,16 @@ Record = dict[str, Any]
 class MetricsFile:
     """`metrics.jsonl`: a record a line, on disk as soon as it is logged.
 
-    On opening, records after `resumed_step` are dropped, and its evaluation, which a resumed run does again.
+    On opening, records after `resumed_step` are dropped, and its evaluation, which a resumed run does again; not those of a line that the
+    run rolled back from, which stand before the record of the rollback.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_metrics(path) if r["step"] <= resumed_step - ("held_out_loss" in r)] if resumed_step else []
+        records = read_metrics(path) if resumed_step else []
+        turns = [place for place, record in enumerate(records, 1) if record.get("recovery", {}).get("to_step") is not None]
+        abandoned = turns[-1] if turns else 0
+        kept = records[:abandoned] + [r for r in records[abandoned:] if r["step"] <= resumed_step - ("held_out_loss" in r)]
         partial = path.with_name(path.name + ".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(partial, path)

@@ -21,6 +21,7 @@ from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
 from megapar.training.loop import Trained
 from megapar.training.metrics import read_metrics
+from megapar.training.sections import steps_of
 
 Baselines = dict[str, float]
 
@@ -29,8 +30,9 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
     """Writes the run's results to its folder and returns the summary that the user reads. Called on every rank."""
     out, run = trained.out, config.run
     if trained.interrupted:
-        saved = "its checkpoint is saved, --resume goes on from it" if run.save_every else "no checkpoint was asked for (--save-every)"
-        return f"stopped at step {trained.step} of {run.steps}; metrics are in {out / 'metrics.jsonl'}; {saved}"
+        unsaved = "its checkpoint could not be written" if run.save_every else "no checkpoint was asked for (--save-every)"
+        saved = "its checkpoint is saved, --resume yes goes on from it" if trained.saved else unsaved
+        return f"stopped at step {trained.step} of {steps_of(config)}; metrics are in {out / 'metrics.jsonl'}; {saved}"
     model = _save_model(trained, config, mesh)
     text = trained.examples.text
     prompt = torch.tensor([text.tokenizer.encode(run.prompt) or [text.tokenizer.end_of_text]], device=mesh.device)

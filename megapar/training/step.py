@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from megapar.training.config import OptimizerConfig, ParallelConfig
 from megapar.transport import start_all_reduce
 from megapar.zero.optimizer import ZeroOptimizer
 from megapar.zero.setup import AdamW
+from megapar.zero.update import StepResult as ZeroResult
+
+Judge = Callable[[float, float], bool]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean nats a token of the step. grad_norm: of the mean loss, before clipping. loss_scale: of the next step. skipped: whether
-    gradients were not finite and nothing was updated. stop: whether any rank asked to stop after this step."""
+    """loss: mean nats a token of the step, with z-loss. grad_norm: of the mean loss, before clipping. loss_scale: of the next step.
+    skipped: whether nothing was updated. flags: what `update` was given, summed over all ranks."""
 
     loss: float
     grad_norm: float
     tokens: int
     loss_scale: float
     skipped: bool
-    stop: bool
+    flags: tuple[float, ...]
 
 
 def zero(
@@ -51,17 +55,21 @@ def zero(
 
 
 class TrainStep:
-    """`accumulate` micro-batches of a decoder that has an optimizer, once or more often, then `update`."""
+    """`accumulate` micro-batches of a decoder that has an optimizer, once or more often, then `update`.
 
-    def __init__(self, model: PipelinedDecoder, mesh: ParallelMesh) -> None:
+    z_loss: times log(Z)^2 of every token is added to the loss that is trained.
+    """
+
+    def __init__(self, model: PipelinedDecoder, mesh: ParallelMesh, z_loss: float = 0.0) -> None:
         assert model.optimizer is not None
-        self.model, self.mesh, self.optimizer = model, mesh, model.optimizer
+        self.model, self.mesh, self.optimizer, self.z_loss = model, mesh, model.optimizer, z_loss
         self._loss, self._count = torch.zeros((), device=mesh.device), 0
 
     def accumulate(self, batches: Sequence[TokenBatch], last: bool = True) -> None:
         """Forwards and backwards of as many micro-batches as the model's schedule has; all are sums. last: of the step."""
         with self.optimizer.accumulating(len(batches), last):
-            totals = self.model.runner.step(batches, self.loss, loss_scale=self.optimizer.loss_scale)
+            loss = partial(self.loss, z_loss=self.z_loss)
+            totals = self.model.runner.step(batches, loss, loss_scale=self.optimizer.loss_scale)
         self._loss += totals.loss
         self._count += int(totals.count)
 
@@ -74,21 +82,36 @@ class TrainStep:
                 found = start_all_reduce(found, axis).wait()
         return float(found[0]), int(found[1])
 
-    def loss(self, output: Tensor, batch: TokenBatch) -> tuple[Tensor, int]:
+    def loss(self, output: Tensor, batch: TokenBatch, z_loss: float = 0.0) -> tuple[Tensor, int]:
         """The loss function of the last stage."""
-        return token_loss(self.model.stages[-1], output, batch, self.optimizer.loss_scale)
+        return token_loss(self.model.stages[-1], output, batch, self.optimizer.loss_scale, z_loss)
 
-    def update(self, lr: float, stop: bool) -> StepResult:
-        """Applies the accumulated gradients. Raises ValueError on every rank for a count of 0 and, without a loss scale that could move,
-        for a gradient that is not finite."""
+    def update(
+        self, lr: float, flags: Sequence[float] = (), *, weight_decay: float | None = None, judge: Judge | None = None
+    ) -> StepResult:
+        """Applies the accumulated gradients. flags: what all ranks get the sums of. weight_decay: of the matrices, if it changes.
+
+        judge: given loss and gradient norm, the same on every rank, says whether they are applied. Without one ValueError is raised, on
+        every rank, for a gradient that is not finite and no loss scale that could move. Also for a count of 0.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            if weight_decay is not None and group["weight_decay"] > 0:
+                group["weight_decay"] = weight_decay
+
+        def accept(found: ZeroResult) -> bool:
+            return judge is None or judge(self._mean_loss(found), float(found.grad_norm))
+
         # One all-reduce for the norm, for what all ranks must agree on, and for what only the last stage knows.
-        told = self.optimizer.step(self._count, shared=[float(stop), float(self._loss) * (self.mesh.tp.rank == 0)])
-        stopped, loss_sum = told.shared.tolist()
-        grad_norm, loss, skipped = float(told.grad_norm), loss_sum / float(told.count), bool(told.skipped)
+        shared = [float(self._loss) * (self.mesh.tp.rank == 0), *flags]
+        told = self.optimizer.step(self._count, shared=shared, accept=accept)
+        loss, grad_norm, skipped = self._mean_loss(told), float(told.grad_norm), bool(told.skipped)
         scaler = self.optimizer.precision.scaler
-        if skipped and (scaler is None or scaler.dynamic is None):
+        if skipped and judge is None and (scaler is None or scaler.dynamic is None):
             raise ValueError(f"the gradient norm is {grad_norm} and the loss {loss}: lower optimizer.lr, or check the data")
         self._loss, self._count = torch.zeros((), device=self.mesh.device), 0
-        return StepResult(loss, grad_norm, int(told.count), float(told.loss_scale), skipped, stopped > 0)
+        return StepResult(loss, grad_norm, int(told.count), float(told.loss_scale), skipped, tuple(told.shared[1:].tolist()))
+
+    @staticmethod
+    def _mean_loss(found: ZeroResult) -> float:
+        return float(found.shared[0]) / float(found.count)

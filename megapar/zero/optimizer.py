@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ from megapar.zero.gather import Gathers
 from megapar.zero.layout import make_layout
 from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_same_values, convert_frozen, grouped, listed
 from megapar.zero.state import ShardedState, StateBox, as_saved, check_states, fill
-from megapar.zero.update import Shard, StepResult, apply_adamw, step_totals
+from megapar.zero.update import Shard, StepResult, apply_adamw, foreseen, step_totals
 from megapar.zero.weights import Weights, storage_bytes
 
 
@@ -166,18 +167,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # The step
 
     @torch.no_grad()
-    def step(self, count: Any = None, *, shared: Sequence[float | Tensor] = ()) -> StepResult:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, count: Any = None, *, shared: Sequence[float | Tensor] = (), accept: Callable[[StepResult], bool] | None = None
+    ) -> StepResult:
         """Applies the accumulated gradients, divided by the sum of all ranks' `count` and the loss scale, and clipped.
 
         count: what this rank's losses were sums over, a number (ranks of tp: the same one; pipeline ranks without the last stage: 0).
-        Nothing waits for the device. Raises ValueError for no backward before, a count that is none, 0 counted by all ranks (on CPU), and
-        a loss scale that is at its minimum while gradients overflow.
+        accept: given what the step would return, the same on every rank, says whether it is to be applied; one that is not changes
+        nothing, the loss scale neither. Else nothing waits for the device. Raises ValueError for no backward before, a count that is none,
+        0 counted by all ranks (on CPU), and a loss scale that is at its minimum while gradients overflow.
         """
         with self._together("a step"):
             self._check_step(count)
             self.grads.finish()
             told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
+            if accept is not None and not accept(found := foreseen(told, self.loss_scale)):
+                return self._reject(found)
             if told.device.type == "cpu" and not float(rest[0]) > 0:
                 raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
             betas = [group["betas"] for group in self.param_groups]
@@ -191,6 +197,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.grads.zero()
         norm, scale, skip = self.step_state.scalars[[1, 3, 2]]  # copies: the next step writes there
         return StepResult(norm, scale, skip, rest[0], rest[1:])
+
+    def _reject(self, found: StepResult) -> StepResult:
+        self.gathers.release()
+        self.grads.zero()
+        self._skipped += 1
+        return replace(found, skipped=torch.ones_like(found.skipped))
 
     def _update(self, row: int, group: dict[str, Any]) -> None:
         shards = []

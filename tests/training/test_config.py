@@ -169,7 +169,7 @@ def test_micro_batches_by_their_size_or_their_number():
 def test_overrides_and_aliases_win_over_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
-    short = "--corpus b --tokenizer bytes --save-every 5 --resume --tp 3 --steps 9 --out o --seed 4"
+    short = "--corpus b --tokenizer bytes --save-every 5 --resume yes --tp 3 --steps 9 --out o --seed 4"
     short += " --recompute mlp --precision bf16 --dp 2 --zero 3"
     long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
     long += " --recompute.mode mlp --precision.kind bf16 --parallel.dp 2 --parallel.zero-stage 3"

@@ -58,7 +58,7 @@ def train(
         together = [batches(i)] if schedule is not None else [[batch] for batch in batches(i)]
         for number, some in enumerate(together):
             step.accumulate(some, last=number == len(together) - 1)
-        result = step.update(0.01 * (i + 1), stop=False)
+        result = step.update(0.01 * (i + 1))
         told.append([result.loss, result.grad_norm, result.tokens])
     return told, model
 
@@ -135,7 +135,7 @@ def test_only_matrices_decay():
             param.data.add_(1.0)
     before = {name: param.detach().clone() for name, param, _ in named_specs(model.stages)}
     step.accumulate(batches(0)[:1])
-    step.update(0.1, stop=False)
+    step.update(0.1)
     for name, param, _ in named_specs(model.stages):
         kept = 1.0 if name.endswith("bias") or "norm" in name else 1.0 - 0.1 * 0.5
         assert torch.allclose(param, kept * before[name], rtol=1e-6), name
@@ -152,7 +152,7 @@ def test_the_same_gradients_give_torchs_weights():
             step.accumulate([batch], last=number == 2)
         for mine, other in zip(step.model.grads.params, theirs.parameters(), strict=True):
             other.grad = mine.main_grad * (1.0 / 28)
-        step.update(lr, stop=False)
+        step.update(lr)
         optimizer.step()
         for a, b in zip(step.model.grads.params, theirs.parameters(), strict=True):
             assert ((a - b).abs() <= (i + 1) * 4 * 2.0**-23 * (b.abs() + 10 * lr)).all()
@@ -164,7 +164,7 @@ def test_gradients_do_not_leak_into_the_next_step():
     results = []
     for _ in range(2):
         step.accumulate(batches(0)[1:2])
-        results.append(step.update(1e-30, stop=False))  # too small to change a weight
+        results.append(step.update(1e-30))  # too small to change a weight
     assert results[0] == results[1]
 
 
@@ -178,7 +178,7 @@ def refused(poison: str) -> list[Any]:
         step.model.grads.params[0].main_grad[0, 0] = float(poison)
     before = [p.detach().clone() for p in step.model.grads.params]
     try:
-        step.update(0.1, stop=False)
+        step.update(0.1)
     except ValueError as error:
         return [str(error), all(torch.equal(a, b) for a, b in zip(before, step.model.grads.params, strict=True))]
     return []
@@ -196,7 +196,7 @@ def stop_wanted(by: int) -> bool:
     mesh = ParallelMesh(tp=2)
     step = step_of(LLAMA, SMOOTH, mesh)
     step.accumulate(batches(0)[:1])
-    return step.update(0.1, stop=mesh.world.rank == by).stop
+    return bool(step.update(0.1, [float(mesh.world.rank == by)]).flags[0])
 
 
 def test_one_rank_that_wants_to_stop_stops_all(ranks):

@@ -1,0 +1,90 @@
+"""Which checkpoint a run goes on from, and whether it is a checkpoint of this run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megapar.training.checkpoint.folder import checkpoints, remove, sync
+from megapar.training.checkpoint.manifest import read_manifest
+from megapar.training.recovery import Event, is_valid
+
+FREE_TO_CHANGE = {
+    "run": {"resume", "out", "eval_every", "save_every", "async_save", "keep_last", "keep_every", "change", "tensorboard"}
+    | {"sample_tokens", "prompt", "micro_batch_size", "microbatches"},
+    "parallel": {"tp", "dp", "pp", "chunks", "zero_stage", "reduce_every", "reshard_every", "schedule", "split", "sequence_parallel"}
+    | {"device", "timeout"},
+    "precision": {"master"},
+    "recompute": {"mode", "blocks", "shard_saved_input"},
+    "recovery": {"preset", "non_finite", "spike", "data_error", "window", "sigma", "factor", "back", "skip_before", "skip_after"}
+    | {"max_rollbacks"},
+}
+"""What may differ between a run and the one that it resumes: how it is computed and told, not what."""
+
+ROLLBACKS = "rollbacks.json"
+
+
+def read_rollbacks(folder: Path) -> list[Event]:
+    """The rollbacks of the run whose checkpoints are in `folder`. Raises ValueError for a file that does not say so."""
+    path = folder / ROLLBACKS
+    if not path.exists():
+        return []
+    try:
+        return [Event.from_dict(told) for told in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of rollbacks ({error}): restore it, or remove it with the checkpoints after them") from error
+
+
+def write_rollbacks(folder: Path, events: Sequence[Event]) -> None:
+    """Durable on return. Written before anything else of a rollback: one that is cut short is completed by `remove_abandoned`."""
+    partial = folder / (ROLLBACKS + ".tmp")
+    partial.write_text(json.dumps([event.to_dict() for event in events], indent=2), encoding="utf-8")
+    sync(partial)
+    os.replace(partial, folder / ROLLBACKS)
+    sync(folder)
+
+
+def remove_abandoned(folder: Path) -> list[Path]:
+    """Removes the checkpoints of lines that the run rolled back from; which they were."""
+    rollbacks = read_rollbacks(folder)
+    abandoned = []
+    for path in checkpoints(folder) if rollbacks else ():
+        state = read_manifest(path)["state"]
+        if not is_valid(int(state["step"]), len(state["run"]["rollbacks"]), rollbacks):
+            remove(path)
+            abandoned.append(path)
+    return abandoned
+
+
+def accept(state: Mapping[str, Any], here: Mapping[str, Any], change: str, where: Path) -> dict[str, list[Any]]:
+    """What the run `here` has otherwise than the state of the checkpoint `where`, by key: [then, now].
+
+    here: config, corpus, tokenizer, as the state has them. change: keys that may differ, beside those that change no number of the
+    run. Raises ValueError for others, naming the first, and for keys in `change` that are none.
+    """
+    now, then = (flat({key: told.get(key) for key in ("config", "corpus", "tokenizer")}) for told in (json.loads(json.dumps(here)), state))
+    asked = {f"config.{key}" for key in change.replace(",", " ").split()}
+    for key in sorted(asked - now.keys()):
+        raise ValueError(f"run.change names {key.removeprefix('config.')}, which is no key of the config: give such as optimizer.lr")
+    free = {f"config.{section}.{key}" for section, keys in FREE_TO_CHANGE.items() for key in keys}
+    changed: dict[str, list[Any]] = {}
+    for key in now.keys() | then.keys():
+        if now.get(key) != then.get(key):
+            changed[key.removeprefix("config.")] = [then.get(key), now.get(key)]
+    for key in sorted(changed):
+        if f"config.{key}" not in asked | free:
+            was, is_now = changed[key]
+            fix = "a resumed run must keep it" + (f", or be told --change {key}" if f"config.{key}" in now else "")
+            raise ValueError(f"{key} is {is_now} and was {was} in {where}: {fix}")
+    return {key: values for key, values in sorted(changed.items()) if not key.startswith(("run.resume", "run.out", "run.change"))}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return found
