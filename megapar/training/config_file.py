@@ -72,10 +72,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         accepted = isinstance(value, (list, tuple)) and len(value) == len(arguments)
         value = tuple(_convert(v, h, name) for v, h in zip(value, arguments, strict=True)) if accepted else value
     else:
-        kinds = arguments if origin is types.UnionType else (hint,)
+        kinds = arguments if origin in (types.UnionType, typing.Union) else (hint,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        accepted = any(type(value) is kind for kind in kinds)
+        accepted = any(value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind for kind in kinds)
     if not accepted:
         wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(hint if origin else getattr(hint, "__name__", hint))
         raise ValueError(f'config key "{name}" is {value!r} and must be {wanted}: correct it')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from megapar.mesh import data_parallel_size
 from megapar.ops.step_state import LossScaling
@@ -12,7 +13,7 @@ from megapar.optim.precision import PARAMETERS, LossScaler, Master, Precision
 from megapar.pipeline.kinds import make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.recompute import Recompute
-from megapar.training.batch_size import BatchSchedule, lr_factor, parse_amount
+from megapar.training.batch_size import BatchSchedule, Scaling, parse_amount
 from megapar.training.config import Config, PrecisionConfig
 from megapar.training.lr import RateSchedule, WeightDecaySchedule
 from megapar.training.recovery import Policy
@@ -107,12 +108,12 @@ class Rates:
     weight_decay: WeightDecaySchedule
     unit: str
     sequence_length: int
-    batch_scaling: str
+    batch_scaling: Scaling
 
     def at(self, updates: int, samples: int, batch_size: int) -> tuple[float, float]:
         """(learning rate, weight decay) of the update after `updates` others, whose batches had `samples`."""
         end = {"steps": updates + 1, "samples": samples + batch_size, "tokens": (samples + batch_size) * self.sequence_length}[self.unit]
-        factor = lr_factor(self.batches, batch_size, self.batch_scaling)
+        factor = self.batches.lr_factor(batch_size, self.batch_scaling)
         return self.lr.rate(end) * factor, self.weight_decay.value(end)
 
 
@@ -122,19 +123,12 @@ def rates_of(config: Config) -> Rates:
     samples = batches.samples_after(steps)
     total = {"steps": steps, "samples": samples, "tokens": samples * length}[optimizer.schedule_unit]
     try:
-        lr = RateSchedule.over(
-            total,
-            kind=optimizer.schedule,
-            peak=optimizer.lr,
-            floor=optimizer.min_lr,
-            warmup=optimizer.warmup,
-            decay=optimizer.decay,
-            decay_shape=optimizer.decay_shape,
-        )
+        shape: dict[str, Any] = {"floor": optimizer.min_lr, "warmup": optimizer.warmup, "decay": optimizer.decay}
+        lr = RateSchedule.of(optimizer.schedule, optimizer.lr, total, decay_shape=optimizer.decay_shape, **shape)
+        end = optimizer.weight_decay if optimizer.weight_decay_end is None else optimizer.weight_decay_end
+        decay = WeightDecaySchedule(optimizer.weight_decay, end, optimizer.weight_decay_schedule, total)
     except ValueError as error:
         raise ValueError(f"[optimizer] {error}") from error
-    end = optimizer.weight_decay if optimizer.weight_decay_end is None else optimizer.weight_decay_end
-    decay = WeightDecaySchedule(optimizer.weight_decay, end, optimizer.weight_decay_schedule, total)
     return Rates(batches, lr, decay, optimizer.schedule_unit, length, optimizer.batch_scaling)
 
 

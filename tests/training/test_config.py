@@ -16,10 +16,12 @@ from megapar.training.config import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    RecoveryConfig,
     RecomputeConfig,
     RunConfig,
 )
-from megapar.training.config_file import from_dict, load_config, micro_batch_size, to_dict
+from megapar.training.config_file import check, from_dict, load_config, to_dict
+from megapar.training.sections import Rates, batches_of, micro_batch_size, policy_of, rates_of, schedule_of, steps_of, with_dp
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -125,7 +127,19 @@ def test_section_must_be_a_table():
         ("--optimizer.min-lr 0.5", "optimizer.min_lr=0.5 must not be above optimizer.lr=0.001"),
         ("--optimizer.eps -1", "optimizer.eps=-1"),
         ("--optimizer.weight-decay -1", "optimizer.weight_decay=-1"),
-        ("--optimizer.warmup 1", "optimizer.warmup=1.0"),
+        ("--optimizer.warmup -1", "[optimizer] warmup=-1"),
+        ("--optimizer.warmup 1001", "[optimizer] warmup=1001.0 is longer than the run, 1000"),
+        ("--optimizer.schedule wsd --optimizer.warmup 600 --optimizer.decay 500", "are longer than the run together"),
+        ("--optimizer.schedule inverse_sqrt --optimizer.warmup 0", "give it one"),
+        ("--optimizer.weight-decay-end -1", "optimizer.weight_decay_end=-1"),
+        ("--optimizer.z-loss -1", "optimizer.z_loss=-1"),
+        ("--run.length 5M", 'run.length="5M" must be an amount of samples or tokens'),
+        ("--run.length 5X_tokens", 'run.length="5X_tokens"'),
+        ("--run.keep-last -1", "run.keep_last=-1"),
+        ("--data.skip 9:3", '"9:3" must be two sample numbers'),
+        ("--recovery.spike rollback", "run.save_every=0 writes none"),
+        ("--recovery.window 1", "recovery.window=1"),
+        ("--recovery.preset palm --recovery.back 5", "recovery.back=5 beside recovery.preset=palm, which sets it"),
         ("--optimizer.betas 0.9 1", "optimizer.betas=(0.9, 1.0)"),
         ("--run.eval-every -1", "run.eval_every=-1"),
         ("--save-every -1", "run.save_every=-1"),
@@ -161,9 +175,89 @@ def test_check_refuses_in_a_sentence_with_value_and_fix(override, told):
 
 def test_micro_batches_by_their_size_or_their_number():
     def size(**values: int) -> int:
-        return micro_batch_size(RunConfig(batch_size=12, **values))
+        return micro_batch_size(Config(run=RunConfig(batch_size=12, **values)))
 
     assert [size(), size(microbatches=3), size(micro_batch_size=3), size(micro_batch_size=3, microbatches=4)] == [12, 4, 3, 3]
+
+
+def ramped(dp: Any = 1, pp: int = 1, chunks: int = 1, **run: Any) -> Config:
+    return Config(parallel=ParallelConfig(dp=dp, pp=pp, chunks=chunks), run=RunConfig(**run), data=DataConfig(sequence_length=10))
+
+
+def test_a_batch_that_grows_is_cut_into_micro_batches_of_one_size():
+    config = ramped(dp=2, batch_size="0:8 80:12 240:24")
+    assert micro_batch_size(config) == 2, "what all sizes have in common, over dp"
+    assert [schedule_of(config, size).microbatches for size in (8, 12, 24)] == [2, 3, 6]
+    assert micro_batch_size(ramped(batch_size="0:8 80:12", micro_batch_size=4)) == 4
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (ramped(dp=2, batch_size="0:8 80:12", micro_batch_size=3), "batch size 8 (stage 0, from sample 0) must be a multiple of dp=2"),
+        (ramped(batch_size="0:8 80:12", microbatches=4), "does not go with a batch that changes: give run.micro_batch_size"),
+        (ramped(batch_size="0:8 80:12", rampup="2 2 40"), "make that a number"),
+        (ramped(batch_size="8:8 80:12"), "must begin at 0"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_when_the_config_is_read(config, told):
+    with pytest.raises(ValueError) as error:
+        check(config)
+    assert told in str(error.value)
+
+
+def test_length_in_samples_and_tokens_is_so_many_steps():
+    assert steps_of(ramped(batch_size=8, length="800 samples")) == 100
+    assert steps_of(ramped(batch_size=8, length="8K tokens")) == 100
+    assert steps_of(ramped(batch_size="0:8 80:20", length="480 samples")) == 10 + 20
+    assert batches_of(ramped(batch_size=20, rampup="8 12 80")) == batches_of(ramped(batch_size="0:8 80:20"))
+
+
+def at_each_step(rates: Rates, steps: int) -> list[float]:
+    found, samples = [], 0
+    for step in range(steps):
+        size = rates.batches.batch_at(samples)
+        found.append(rates.at(step, samples, size)[0])
+        samples += size
+    return found
+
+
+@pytest.mark.parametrize("unit", ["steps", "samples", "tokens"])
+def test_in_every_unit_the_last_step_has_the_floor_and_the_first_a_share_of_the_peak(unit):
+    config = dataclasses.replace(
+        ramped(batch_size="0:8 80:20", length="480 samples"),
+        optimizer=OptimizerConfig(lr=1.0, min_lr=0.25, warmup={"steps": 4, "samples": 32, "tokens": 320}[unit], schedule_unit=unit),
+    )
+    rates = at_each_step(rates_of(config), 30)
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[-1] == 0.25 and min(rates[4:-1]) > 0.25
+
+
+def test_a_smaller_batch_has_a_lower_rate_where_asked_for():
+    config = ramped(batch_size="0:5 80:20", steps=40)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(lr=1.0, schedule="constant", warmup=0.0, batch_scaling="sqrt"))
+    assert [rates_of(config).at(1, samples, size)[0] for samples, size in ((0, 5), (80, 20))] == [0.5, 1.0]
+
+
+def test_weight_decay_moves_to_its_end():
+    config = dataclasses.replace(ramped(steps=10), optimizer=OptimizerConfig(weight_decay=0.0, weight_decay_end=1.0))
+    assert [rates_of(config).at(step, 0, 1)[1] for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert rates_of(ramped(steps=10)).at(3, 0, 1)[1] == 0.1, "it stays without an end"
+
+
+def test_auto_replicas_are_what_the_world_makes():
+    config = ramped(dp="auto", pp=2, batch_size=12)
+    check(config)
+    assert with_dp(config, 6).parallel.dp == 3
+    assert with_dp(ramped(dp=5), 6).parallel.dp == 5
+
+
+def test_the_palm_preset_goes_back_100_steps_and_past_300():
+    config = dataclasses.replace(ramped(save_every=20), recovery=RecoveryConfig(preset="palm"))
+    check(config)
+    policy = policy_of(config)
+    assert (policy.spike, policy.back, policy.skip_before + 1 + policy.skip_after) == ("rollback", 100, 300)
 
 
 def test_overrides_and_aliases_win_over_the_file(tmp_path):
@@ -171,14 +265,14 @@ def test_overrides_and_aliases_win_over_the_file(tmp_path):
     path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
     short = "--corpus b --tokenizer bytes --save-every 5 --resume yes --tp 3 --steps 9 --out o --seed 4"
     short += " --recompute mlp --precision bf16 --dp 2 --zero 3"
-    long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
+    long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume yes --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
     long += " --recompute.mode mlp --precision.kind bf16 --parallel.dp 2 --parallel.zero-stage 3"
     config = load_config(path, short.split())
     assert config == load_config(path, long.split())
     assert config.data == dataclasses.replace(DataConfig(), corpus="b", tokenizer="bytes")
     assert config.parallel.tp == 3
     assert (config.recompute, config.precision) == (RecomputeConfig("mlp"), PrecisionConfig("bf16"))
-    assert config.run == RunConfig(steps=9, seed=4, save_every=5, resume=True, out="o")
+    assert config.run == RunConfig(steps=9, seed=4, save_every=5, resume="yes", out="o")
 
 
 def test_override_of_one_size_keeps_the_rest_of_the_file(tmp_path):
