@@ -77,9 +77,18 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             value = float(value)
         accepted = any(value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind for kind in kinds)
     if not accepted:
-        wanted = " or ".join(map(repr, arguments)) if origin is Literal else str(hint if origin else getattr(hint, "__name__", hint))
+        wanted = _named(hint)
         raise ValueError(f'config key "{name}" is {value!r} and must be {wanted}: correct it')
     return value
+
+
+def _named(hint: Any) -> str:
+    """A type as an error names it."""
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join("none" if kind is types.NoneType else _named(kind) for kind in typing.get_args(hint))
+    return str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint))
 
 
 def check(config: Config) -> None:
