@@ -105,7 +105,7 @@ class RunCheckpoints:
         return self._ended(self.saver.commit() if self.saver.pending and all_ended else None)
 
     def _ended(self, saved: Saved | None) -> Saved | None:
-        if saved is not None and not saved.error:
+        if saved is not None and saved.path is not None:
             self.newest = saved.step
         return saved
 

@@ -16,8 +16,8 @@ from megapar.training.config import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
-    RecoveryConfig,
     RecomputeConfig,
+    RecoveryConfig,
     RunConfig,
 )
 from megapar.training.config_file import check, from_dict, load_config, to_dict

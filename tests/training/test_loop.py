@@ -2,74 +2,24 @@
 
 import dataclasses
 import json
-import os
-import random
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megapar.training.checkpoint.folder import newest_checkpoint
 
 from megapar import ParallelMesh
-from megapar.models.config import DecoderConfig
 from megapar.models.decoder import Decoder
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.pipeline.kinds import make_schedule
-from megapar.training import loop
-from megapar.training.checkpoint import newest_checkpoint
-from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megapar.training.config import Config, RecomputeConfig
 from megapar.training.examples import Examples
+from megapar.training.layout import check_layout
 from megapar.training.loop import evaluate, train
-from megapar.training.lr import learning_rate
-from megapar.training.metrics import read_metrics
 from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text
-
-TIMINGS = ("seconds", "tokens_per_second", "peak_bytes")
-
-
-def corpus(folder: Path, seed: int = 0) -> str:
-    words = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained", "in", "spain"]
-    path = folder / f"corpus-{seed}.txt"
-    path.write_text(" ".join(random.Random(seed).choices(words, k=900)))
-    return str(path)
-
-
-def config_for(folder: Path, tp: int) -> Config:
-    return Config(
-        DecoderConfig(hidden_size=16, layers=1, heads=4, kv_heads=2, ffn_size=23),
-        DataConfig(corpus(folder), tokenizer="bytes", sequence_length=12),
-        ObjectiveConfig(),
-        OptimizerConfig(warmup=0.3),
-        ParallelConfig(tp, device="cpu", sequence_parallel=tp == 3),
-        RunConfig(steps=6, batch_size=4, micro_batch_size=2, out=str(folder / "out"), save_every=2, eval_every=3),
-    )
-
-
-def replaced(config: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-def run(config: Config, at: int = 0, accident: str = "") -> list[Any]:
-    """Trains; in update `at` the last rank is interrupted, or all ranks fail. [step, interrupted, held-out loss]."""
-    os.environ["XDG_CACHE_HOME"] = str(Path(config.data.corpus).parent / "cache")
-    mesh = ParallelMesh(tp=config.parallel.tp, pp=config.parallel.pp)
-
-    def rate(step: int, **rest: Any) -> float:
-        if step == at - 1 and accident == "interrupt" and mesh.world.rank == mesh.world.size - 1:
-            signal.raise_signal(signal.SIGINT)
-        if step == at - 1 and accident == "failure":
-            raise RuntimeError("something else broke")
-        return learning_rate(step, **rest)
-
-    loop.learning_rate = rate
-    try:
-        trained = train(config, mesh)
-    finally:
-        loop.learning_rate = learning_rate
-    return [trained.step, trained.interrupted, trained.held_out_loss]
+from tests.training.common import config_for, corpus, metrics_of, replaced, run, weights_of
 
 
 def run_or_refuse(configs: list[Config]) -> str:
@@ -80,15 +30,6 @@ def run_or_refuse(configs: list[Config]) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def metrics_of(config: Config) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(Path(config.run.out) / "metrics.jsonl")]
-
-
-def weights_of(config: Config, step: int) -> dict[str, bytes]:
-    folder = Path(config.run.out) / "checkpoints" / f"step-{step:08d}"
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +52,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(ranks, whole_runs, 
         assert ranks.errors(tp, run, config, at, accident) == ["something else broke"] * tp
         with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
             file.write('{"step": 4, "lo')
-    resumed = replaced(config, "run", resume=True, sample_tokens=3)
+    resumed = replaced(config, "run", resume="yes", sample_tokens=3)
     assert all(result[:2] == [6, False] for result in ranks.run(tp, run, resumed))
     assert metrics_of(config) == metrics_of(whole)
     assert weights_of(config, 6) == weights_of(whole, 6)
@@ -129,7 +70,7 @@ def test_a_resumed_pipeline_is_bitwise_the_run_that_never_stopped(ranks, tmp_pat
     assert all(result[:2] == [6, False] for result in ranks.run(tp * pp, run, whole))
     config = replaced(whole, "run", out=str(tmp_path / "again"))
     assert ranks.run(tp * pp, run, config, 3, "interrupt") == [[3, True, None]] * (tp * pp)
-    assert all(result[:2] == [6, False] for result in ranks.run(tp * pp, run, replaced(config, "run", resume=True)))
+    assert all(result[:2] == [6, False] for result in ranks.run(tp * pp, run, replaced(config, "run", resume="yes")))
     assert metrics_of(config) == metrics_of(whole)
     assert weights_of(config, 6) == weights_of(whole, 6)
     assert len(weights_of(config, 6)) == tp * pp
@@ -158,7 +99,7 @@ def test_a_pipeline_takes_the_steps_of_one_process(ranks, tmp_path):
 def test_layouts_that_cannot_be_are_refused_before_anything_starts(tmp_path, values, told):
     config = replaced(piped(config_for(tmp_path, 1), 1, 1, "auto"), "parallel", **values)
     with pytest.raises(ValueError, match=told):
-        loop.check_layout(config, config.parallel.pp)
+        check_layout(config, config.parallel.pp)
 
 
 def test_metrics_hold_each_step_once_and_each_evaluation(whole_runs):
@@ -167,13 +108,15 @@ def test_metrics_hold_each_step_once_and_each_evaluation(whole_runs):
     assert [r["step"] for r in records if "held_out_loss" in r] == [3, 6]
     assert all(r["tokens"] == 4 * 12 for r in records if "loss" in r)
     assert records[0]["lr"] == pytest.approx(5e-4), "warm-up over round(0.3 * 6) = 2 steps"
+    assert [r["samples"] for r in records if "loss" in r] == [4, 8, 12, 16, 20, 24]
+    assert records[-2]["lr"] == 1e-4, "the last step has the floor"
 
 
 def test_a_finished_run_that_is_resumed_only_evaluates(ranks, whole_runs, tmp_path):
     config = replaced(whole_runs[1], "run", out=str(tmp_path / "out"))
     run(config)
     before = metrics_of(config)
-    run(replaced(config, "run", resume=True))
+    run(replaced(config, "run", resume="yes"))
     assert metrics_of(config) == before
 
 
@@ -195,7 +138,7 @@ def test_recomputation_changes_no_step(ranks, whole_runs, tmp_path):
     whole = whole_runs[2]
     config = replaced(replaced(whole, "run", out=str(tmp_path / "out")), "recompute", mode="full", shard_saved_input=True)
     assert ranks.run(2, run, config, 3, "interrupt") == [[3, True, None]] * 2
-    resumed = dataclasses.replace(replaced(config, "run", resume=True), recompute=RecomputeConfig("mlp"))
+    resumed = dataclasses.replace(replaced(config, "run", resume="yes"), recompute=RecomputeConfig("mlp"))
     assert all(result[:2] == [6, False] for result in ranks.run(2, run, resumed))
     assert metrics_of(config) == metrics_of(whole) and weights_of(config, 6) == weights_of(whole, 6)
 
@@ -203,7 +146,7 @@ def test_recomputation_changes_no_step(ranks, whole_runs, tmp_path):
 def test_more_blocks_to_recompute_than_a_stage_has_are_refused(tmp_path):
     config = replaced(piped(config_for(tmp_path, 1), 2, 1, "auto"), "recompute", mode="full", blocks=2)
     with pytest.raises(ValueError, match="recompute blocks=2 is more than the 1 of a stage"):  # the other has 3, and no output projection
-        loop.check_layout(config, 2)
+        check_layout(config, 2)
 
 
 def test_config_is_saved_beside_the_metrics(whole_runs):
@@ -225,14 +168,14 @@ def test_config_is_saved_beside_the_metrics(whole_runs):
 )
 def test_resuming_another_run_is_refused_by_key_and_values(whole_runs, section, values, told):
     before = metrics_of(whole_runs[1])
-    message = run_or_refuse([replaced(replaced(whole_runs[1], "run", resume=True), section, **values)])
+    message = run_or_refuse([replaced(replaced(whole_runs[1], "run", resume="yes"), section, **values)])
     assert all(part in message for part in told), message
     assert "step-00000006" in message
     assert metrics_of(whole_runs[1]) == before
 
 
 def test_resuming_on_another_corpus_is_refused(whole_runs, tmp_path):
-    config = replaced(whole_runs[1], "run", resume=True)
+    config = replaced(whole_runs[1], "run", resume="yes")
     assert "data.corpus is" in run_or_refuse([replaced(config, "data", corpus=corpus(tmp_path))])
     path = Path(config.data.corpus)
     text = path.read_text()
@@ -250,7 +193,7 @@ def test_runs_that_would_lose_or_lack_files_are_refused_on_all_ranks(ranks, whol
     blocked.write_text("")
     cases = {
         "holds checkpoints of an earlier run": config,
-        "holds no checkpoint to resume from": replaced(config, "run", resume=True, out=str(tmp_path / "none")),
+        "holds no checkpoint to resume from": replaced(config, "run", resume="yes", out=str(tmp_path / "none")),
         "cannot hold the metrics": replaced(config, "run", out=str(blocked / "out")),
         "does not exist": replaced(config, "data", corpus=str(tmp_path / "no.txt")),
     }
@@ -306,5 +249,5 @@ def test_no_step_is_taken_twice_by_a_newest_checkpoint_of_a_stopped_save(ranks, 
     run(config, 3, "interrupt")
     (tmp_path / "out" / "checkpoints" / "step-00000005.tmp").mkdir()
     assert newest_checkpoint(tmp_path / "out" / "checkpoints").name == "step-00000003"
-    assert run(replaced(config, "run", resume=True))[:2] == [6, False]
+    assert run(replaced(config, "run", resume="yes"))[:2] == [6, False]
     assert [r["step"] for r in metrics_of(config) if "loss" in r] == [1, 2, 3, 4, 5, 6]
