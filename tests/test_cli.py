@@ -157,8 +157,8 @@ def test_a_run_leaves_what_it_says(folder, capsys):
     for told in ("corpus c.txt", "step 1/3", "held-out loss", "unigram", "bigram", "sample:", "model o/model"):
         assert told in out
     found = {path.relative_to("o").as_posix() for path in Path("o").rglob("*") if path.is_file()}
-    checkpoint = {f"checkpoints/step-0000000{n}/{name}" for n in (2, 3) for name in ("manifest.json", "rank-00000.safetensors")}
-    model = {f"model/{name}" for name in ("manifest.json", "rank-00000.safetensors", "tokenizer.json")}
+    checkpoint = {f"checkpoints/step-0000000{n}/{name}" for n in (2, 3) for name in ("manifest.json", "rank-00000-00000.safetensors")}
+    model = {f"model/{name}" for name in ("manifest.json", "rank-00000-00000.safetensors", "tokenizer.json")}
     assert found == {"config.json", "loss.png", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["steps"] == 3

@@ -115,6 +115,21 @@ def boxes(spec: ParamSpec, start: int, stop: int) -> Iterator[tuple[Piece, int]]
         base += piece.numel
 
 
+def parts(piece: Piece, elements: int) -> Iterator[tuple[Piece, int]]:
+    """A box as boxes of at most `elements`, but whole rows, each with where it begins: cut along its first dimension longer than 1."""
+    dimension = next((d for d, size in enumerate(piece.box) if size > 1), None)
+    if dimension is None or piece.numel <= elements:
+        yield piece, 0
+        return
+    row = math.prod(piece.box[dimension + 1 :])
+    rows = max(1, elements // row)
+    for first in range(0, piece.box[dimension], rows):
+        start, stop = list(piece.start), list(piece.stop)
+        start[dimension] += first
+        stop[dimension] = min(start[dimension] + rows, stop[dimension])
+        yield replace(piece, start=tuple(start), stop=tuple(stop)), first * row
+
+
 def _box_parts(piece: Piece, low: int, high: int) -> Iterator[tuple[Piece, int]]:
     """Elements [low, high) of a box, in row-major order: part of a first row, whole rows, part of a last one."""
     if not piece.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,39 @@ from torch import Tensor, nn
 from megapar.ops.adamw import join, split
 from megapar.optim.precision import Precision
 from megapar.params import Interval, ParamSpec, Piece
-from megapar.zero.layout import boxes
+from megapar.zero.layout import boxes, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PART = 1 << 24
+"""Elements: 64 MiB in fp32. Boxes are cut to it, so that nobody who copies one needs more room than that, however large a tensor is."""
+
+AT_ONCE = 1 << 20
+"""Elements that are joined or split at once."""
+
+
+class Write(Protocol):
+    def __call__(self, value: Tensor, at: tuple[slice, ...] = ()) -> None:
+        """Takes values for the part of the box that `at` indexes; all of it by default."""
 
 
 @dataclass(frozen=True)
 class StateBox:
     """A box of a logical tensor of one kind ("weight", "exp_avg", "exp_avg_sq") that this rank holds.
 
-    owned: whether it is this rank's to save. read: its values, fp32 where training has them in fp32. write: takes such values.
+    owned: whether it is this rank's to save. dtype: of its values, fp32 where training has them in fp32. read: these values. write: takes
+    such values, from any device and of any dtype.
     """
 
     kind: str
     piece: Piece
     owned: bool
+    dtype: torch.dtype
     read: Callable[[], Tensor]
-    write: Callable[[Tensor], None]
+    write: Write
+
+    @property
+    def bytes(self) -> int:
+        return self.piece.numel * self.dtype.itemsize
 
 
 class ShardedState:
@@ -53,9 +69,11 @@ class ShardedState:
         return [*(moment for pair in self.moments for moment in pair), *self.masters]
 
     def boxes(self, weights: Sequence[Tensor], saves: bool) -> Iterator[StateBox]:
-        """Everything that this rank holds. weights: its shards of them. saves: whether they are its to save, of equal copies."""
+        """Everything that this rank holds, in boxes of at most PART elements. weights: its shards of them. saves: whether they are its to
+        save, of equal copies."""
         for index, (spec, (start, stop)) in enumerate(zip(self.specs, self.intervals, strict=True)):
-            for piece, at in boxes(spec, start, stop):
+            cut = ((piece, at + offset) for box, at in boxes(spec, start, stop) for piece, offset in parts(box, PART))
+            for piece, at in cut:
                 part = slice(at - start, at - start + piece.numel)
                 owned = saves and spec.owner
                 yield self._weight_box(index, piece, part, owned, weights[index])
@@ -70,26 +88,42 @@ class ShardedState:
         master = self.masters[index][part]
 
         def read() -> Tensor:
-            return (join(weight, master) if self.how.master == "remainder" else master.detach()).view(piece.box)
+            return (_joined(weight, master) if self.how.master == "remainder" else master.detach()).view(piece.box)
 
-        def write(value: Tensor) -> None:
-            flat = value.reshape(-1)
+        def write(value: Tensor, at: tuple[slice, ...] = ()) -> None:
+            high, low = (shard.detach().view(piece.box)[at] for shard in (weight, master))
             if self.how.master == "remainder":
-                high, low = split(flat.float())
-                weight.copy_(high)
-                master.copy_(low)
+                for part, values in zip((high, low), _split(value.to(high.device, torch.float32).reshape(-1)), strict=True):
+                    part.copy_(values.view(part.shape))
             else:
-                master.copy_(flat)
-                weight.copy_(master)
+                low.copy_(value)
+                high.copy_(low)
 
-        return StateBox("weight", piece, owned, read, write)
+        return StateBox("weight", piece, owned, torch.float32, read, write)
+
+
+def _joined(weight: Tensor, remainder: Tensor) -> Tensor:
+    """`join`, of little at a time: it computes with several 64-bit integers for each element."""
+    values = torch.empty_like(weight, dtype=torch.float32)
+    for value, high, low in zip(values.split(AT_ONCE), weight.detach().split(AT_ONCE), remainder.split(AT_ONCE), strict=True):
+        value.copy_(join(high, low))
+    return values
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`split`, of little at a time."""
+    halves = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    for value, *both in zip(values.split(AT_ONCE), *(half.split(AT_ONCE) for half in halves), strict=True):
+        for half, told in zip(both, split(value), strict=True):
+            half.copy_(told)
+    return halves
 
 
 def _box(kind: str, piece: Piece, owned: bool, flat: Tensor) -> StateBox:
-    def write(value: Tensor) -> None:
-        flat.copy_(value.reshape(-1))
+    def write(value: Tensor, at: tuple[slice, ...] = ()) -> None:
+        flat.detach().view(piece.box)[at].copy_(value)
 
-    return StateBox(kind, piece, owned, lambda: flat.detach().view(piece.box), write)
+    return StateBox(kind, piece, owned, flat.dtype, lambda: flat.detach().view(piece.box), write)
 
 
 def as_saved(found: Iterable[StateBox]) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.params import Piece, seed_of
 from megapar.pipeline.kinds import make_schedule
-from megapar.training import checkpoint
-from megapar.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from megapar.training.checkpoint import FORMAT, load_checkpoint, newest_checkpoint, save_checkpoint
+from megapar.training.checkpoint.disk import Disk
+from megapar.training.checkpoint.manifest import digest
 from megapar.training.config import OptimizerConfig
 from megapar.training.step import TrainStep, zero
 
@@ -114,12 +115,12 @@ def rewrite(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     manifest.update(changes)
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from(["manifest.json", "rank-00000.safetensors"]))
+@given(data=st.data(), name=st.sampled_from(["manifest.json", "rank-00000-00000.safetensors"]))
 def test_one_flipped_bit_is_refused_by_the_name_of_its_file(saved, tmp_path, data, name):
     content = bytearray((saved / name).read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.sampled_from([1, 2, 4, 16, 64, 128]))
@@ -129,7 +130,7 @@ def test_one_flipped_bit_is_refused_by_the_name_of_its_file(saved, tmp_path, dat
     assert str(folder / name) in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000-00000.safetensors"])
 @pytest.mark.parametrize("keep", [None, 0, 1, -1])
 def test_a_missing_or_short_file_is_named(saved, tmp_path, name, keep):
     folder = shutil.copytree(saved, tmp_path / "cut")
@@ -144,20 +145,20 @@ def test_other_format_is_named(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "other")
     rewrite(folder, format="megapar-checkpoint-9")
     assert "megapar-checkpoint-9" in refusal(folder)
-    assert checkpoint.FORMAT in refusal(folder)
+    assert FORMAT in refusal(folder)
 
 
 def test_no_file_outside_the_folder_is_read(saved, tmp_path):
     """Neither a listed file that lies elsewhere, nor a tensor in a file that the manifest does not list and hash."""
     manifest = json.loads((saved / "manifest.json").read_text())
     (told,) = manifest["files"].values()
-    for outside in ("../rank-00000.safetensors", str(tmp_path / "rank-00000.safetensors")):
+    for outside in ("../rank-00000-00000.safetensors", str(tmp_path / "rank-00000-00000.safetensors")):
         folder = tmp_path / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(saved, folder)
-        shutil.copy(saved / "rank-00000.safetensors", tmp_path)
+        shutil.copy(saved / "rank-00000-00000.safetensors", tmp_path)
         rewrite(folder, files={outside: told}, tensors=[entry | {"file": outside} for entry in manifest["tensors"]])
-        assert "rank-00000.safetensors" in refusal(folder)
+        assert "rank-00000-00000.safetensors" in refusal(folder)
         rewrite(folder, files=manifest["files"], tensors=[entry | {"file": outside} for entry in manifest["tensors"]])
         assert "no sha256" in refusal(folder)
 
@@ -183,11 +184,11 @@ def test_never_overwrites(saved):
 def test_what_a_killed_save_left_is_replaced(tmp_path):
     partial = tmp_path / "step-00000009.tmp"
     partial.mkdir()
-    (partial / "rank-00000.safetensors").write_text("half")
-    (partial / "rank-00005.safetensors").write_text("of another layout")
+    (partial / "rank-00000-00000.safetensors").write_text("half")
+    (partial / "rank-00005-00000.safetensors").write_text("of another layout")
     assert newest_checkpoint(tmp_path) is None
     save_expected(tmp_path / "step-00000009", SMALL, 1)
-    assert sorted(path.name for path in (tmp_path / "step-00000009").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "step-00000009").iterdir()) == ["manifest.json", "rank-00000-00000.safetensors"]
     assert not partial.exists()
 
 
@@ -205,24 +206,25 @@ def fail_to_save(root: Path, where: str, failing: int) -> list[str]:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    original = getattr(checkpoint, where)
+    original = getattr(Disk, where)
     if mesh.world.rank == failing:
-        setattr(checkpoint, where, full)
+        setattr(Disk, where, full)
     try:
         save_checkpoint(root / where, step.optimizer.boxes(), {}, mesh)
     except (OSError, ValueError) as error:
         return [str(error), sorted(path.name for path in root.iterdir())]
     finally:
-        setattr(checkpoint, where, original)
+        setattr(Disk, where, original)
     return []
 
 
-@pytest.mark.parametrize(("where", "failing"), [("save_file", 0), ("save_file", 1), ("_sync", 1), ("_commit", 0)])
+@pytest.mark.parametrize(("where", "failing"), [("write", 0), ("write", 1), ("sync", 1), ("rename", 0)])
 def test_a_rank_that_cannot_write_stops_all_and_leaves_nothing(ranks, tmp_path, where, failing):
     first, second = ranks.run(2, fail_to_save, tmp_path, where, failing)
     assert first == second
     assert "No space left" in first[0]
-    assert first[1] == [f"{where}.tmp"]
+    assert f"rank {failing} could not save" in first[0]
+    assert first[1] == []
 
 
 def load_error(folder: Path) -> str:
@@ -243,8 +245,8 @@ def test_all_ranks_refuse_in_the_same_words(ranks, tmp_path):
     fine = tmp_path / "fine"
     ranks.run(2, save_expected, fine, SMALL, 2)
     short = shutil.copytree(fine, tmp_path / "short")
-    (short / "rank-00001.safetensors").write_bytes(b"\0" * 9)
+    (short / "rank-00001-00000.safetensors").write_bytes(b"\0" * 9)
     first, second = ranks.run(2, load_error, short)
     assert first == second
-    assert str(short / "rank-00001.safetensors") in first
+    assert str(short / "rank-00001-00000.safetensors") in first
     assert ranks.run(2, load_error, fine) == ["rank 1 does not want step 7"] * 2
