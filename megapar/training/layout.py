@@ -13,7 +13,7 @@ from megapar.training.sections import batches_of, check_batches, ranks_of, recom
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Raises ValueError unless the model and each batch can be cut over the config's ranks and they are `world_size`. Needs no process group."""
+    """Raises ValueError unless model and batches can be cut over the config's ranks and they are `world_size`. Needs no process group."""
     model, parallel, tp = config.model, config.parallel, config.parallel.tp
     if ranks_of(config) != world_size:
         layout = f"parallel.tp={tp} x parallel.dp={parallel.dp} x parallel.pp={parallel.pp}"

@@ -22,9 +22,10 @@ from megapar.pipeline.simulate import Timeline
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
+from megapar.training.journal import Journal
 from megapar.training.layout import check_layout
 from megapar.training.memory import MemoryPeak, memory_by_kind
-from megapar.training.journal import Journal
+from megapar.training.metrics import Record
 from megapar.training.recovery import Event, Verdict, Watch
 from megapar.training.resume import flat
 from megapar.training.run_checkpoints import RunCheckpoints
@@ -197,7 +198,7 @@ class _Run:
         return batches, error
 
     def _log(self, result: StepResult, rates: dict[str, float], seconds: float, verdict: Verdict | None) -> None:
-        record = {"step": self.state.step + 1, "loss": result.loss, "grad_norm": result.grad_norm, **rates, "tokens": result.tokens}
+        record: Record = {"step": self.state.step + 1, "loss": result.loss, "grad_norm": result.grad_norm, **rates, "tokens": result.tokens}
         record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, "peak_bytes": self.peak.bytes()}
         if self.train_step.optimizer.precision.scaler is not None:
             record["loss_scale"] = result.loss_scale
@@ -207,7 +208,8 @@ class _Run:
 
     def _recover(self, verdict: Verdict, batch_size: int) -> None:
         """Does what recovery decided about the step that has just been tried."""
-        state, event = self.state, Event(self.state.step + 1, verdict.action, verdict.reason, self.examples.numbers(self.state.samples, batch_size))
+        state = self.state
+        event = Event(state.step + 1, verdict.action, verdict.reason, self.examples.numbers(state.samples, batch_size))
         if verdict.action == "rollback":
             self.journal.saved(self.checkpoints.finish(), state.step)
             self.state, event = self.checkpoints.roll_back(state, verdict.reason, batch_size)
@@ -219,7 +221,7 @@ class _Run:
             state.skips.append(event)
             state.advance(batch_size, applied=False)
 
-        def _evaluates(self) -> bool:
+    def _evaluates(self) -> bool:
         every = self.config.run.eval_every
         return every > 0 and self.state.step % every == 0
 

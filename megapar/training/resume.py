@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapar.training.checkpoint.folder import checkpoints, remove, sync
+from megapar.training.checkpoint.disk import Disk
+from megapar.training.checkpoint.folder import PARTIAL, checkpoints, remove_checkpoints
 from megapar.training.checkpoint.manifest import read_manifest
 from megapar.training.recovery import Event, is_valid
 
@@ -35,16 +35,16 @@ def read_rollbacks(folder: Path) -> list[Event]:
     try:
         return [Event.from_dict(told) for told in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a list of rollbacks ({error}): restore it, or remove it with the checkpoints after them") from error
+        raise ValueError(f"{path} is not a list of rollbacks ({error}): restore it, or remove the later checkpoints too") from error
 
 
 def write_rollbacks(folder: Path, events: Sequence[Event]) -> None:
     """Durable on return. Written before anything else of a rollback: one that is cut short is completed by `remove_abandoned`."""
-    partial = folder / (ROLLBACKS + ".tmp")
-    partial.write_text(json.dumps([event.to_dict() for event in events], indent=2), encoding="utf-8")
-    sync(partial)
-    os.replace(partial, folder / ROLLBACKS)
-    sync(folder)
+    disk, partial = Disk(), folder / (ROLLBACKS + PARTIAL)
+    partial.unlink(missing_ok=True)
+    disk.write(partial, [json.dumps([event.to_dict() for event in events], indent=2).encode()])
+    disk.rename(partial, folder / ROLLBACKS)
+    disk.sync(folder, "rollbacks")
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
@@ -54,8 +54,8 @@ def remove_abandoned(folder: Path) -> list[Path]:
     for path in checkpoints(folder) if rollbacks else ():
         state = read_manifest(path)["state"]
         if not is_valid(int(state["step"]), len(state["run"]["rollbacks"]), rollbacks):
-            remove(path)
             abandoned.append(path)
+    remove_checkpoints(abandoned, Disk())
     return abandoned
 
 

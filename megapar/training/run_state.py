@@ -9,6 +9,9 @@ from typing import Any
 from megapar.training.recovery import Event, Watch
 
 
+COUNTS = ("step", "samples", "updates", "applied_samples")
+
+
 @dataclass
 class RunState:
     """step: attempted ones. samples: used by them. updates, applied_samples: of the steps that were applied, which the rates count.
@@ -32,7 +35,7 @@ class RunState:
 
     def to_dict(self, watch: Watch) -> dict[str, Any]:
         """Plain data, with the steps that `watch` compares with."""
-        counts = {name: getattr(self, name) for name in ("step", "samples", "updates", "applied_samples")}
+        counts = {name: getattr(self, name) for name in COUNTS}
         events = {name: [event.to_dict() for event in getattr(self, name)] for name in ("skips", "rollbacks")}
         return {**counts, **events, "history": [list(pair) for pair in watch.history]}
 
@@ -41,5 +44,6 @@ class RunState:
         """Also fills `watch`."""
         watch.history.clear()
         watch.history.extend((float(loss), float(norm)) for loss, norm in told["history"])
-        counts = {name: int(told[name]) for name in ("step", "samples", "updates", "applied_samples")}
-        return RunState(**counts, **{name: [Event.from_dict(event) for event in told[name]] for name in ("skips", "rollbacks")})
+        state = RunState(*(int(told[name]) for name in COUNTS))
+        state.skips, state.rollbacks = ([Event.from_dict(event) for event in told[name]] for name in ("skips", "rollbacks"))
+        return state

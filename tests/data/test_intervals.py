@@ -1,5 +1,7 @@
 """Sample numbers that are left out."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_runs_are_the_numbers_that_are_left_in_order(left_out, first, count):
 def test_joined_holds_the_same_numbers_apart_and_in_order(left_out):
     found = joined(left_out)
     assert {n for a, b in found for n in range(a, b)} == {n for a, b in left_out for n in range(a, b)}
-    assert all(a < b for a, b in found) and all(b < c for (_, b), (c, _) in zip(found, found[1:], strict=False))
+    assert all(a < b for a, b in found) and all(b < c for (_, b), (c, _) in pairwise(found))
 
 
 def test_parse():

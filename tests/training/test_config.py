@@ -268,7 +268,8 @@ def test_overrides_and_aliases_win_over_the_file(tmp_path):
     path.write_text('[run]\nsteps = 7\nseed = 1\n[data]\ncorpus = "a"\n')
     short = "--corpus b --tokenizer bytes --save-every 5 --resume yes --tp 3 --steps 9 --out o --seed 4"
     short += " --recompute mlp --precision bf16 --dp 2 --zero 3"
-    long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume yes --parallel.tp 3 --run.steps 9 --run.out o --run.seed 4"
+    long = "--data.corpus b --data.tokenizer bytes --run.save-every 5 --run.resume yes --parallel.tp 3 --run.steps 9"
+    long += " --run.out o --run.seed 4"
     long += " --recompute.mode mlp --precision.kind bf16 --parallel.dp 2 --parallel.zero-stage 3"
     config = load_config(path, short.split())
     assert config == load_config(path, long.split())

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from megapar.training.checkpoint.folder import newest_checkpoint
 
 from megapar import ParallelMesh
 from megapar.models.decoder import Decoder
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.pipeline.kinds import make_schedule
+from megapar.training.checkpoint.folder import newest_checkpoint
 from megapar.training.config import Config, RecomputeConfig
 from megapar.training.examples import Examples
 from megapar.training.layout import check_layout

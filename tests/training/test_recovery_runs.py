@@ -18,7 +18,13 @@ from tests.training.common import config_for, events_of, metrics_of, replaced, w
 BAD = 14
 """The sample that is poisoned: of step 4."""
 NAN, SPIKE, UNREADABLE = float("nan"), 50.0, 0.0
-LAYOUTS = {"alone": {}, "tp": {"tp": 2}, "pp": {"pp": 2}, "dp, stage 2": {"dp": 2, "zero_stage": 2}, "dp, stage 3": {"dp": 2, "zero_stage": 3}}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "alone": {},
+    "tp": {"tp": 2},
+    "pp": {"pp": 2},
+    "dp, stage 2": {"dp": 2, "zero_stage": 2},
+    "dp, stage 3": {"dp": 2, "zero_stage": 3},
+}
 
 
 def small(folder: Path, layout: dict[str, int], **recovery: Any) -> Config:
