@@ -64,10 +64,23 @@ class PipelinedDecoder:
             self.grads = MainGrads(param for stage in self.stages for param in stage.parameters())
             self.runner = PipelineRunner(self.stages, mesh, schedule)
             return
-        self.grads, how = self.optimizer.grads, self.optimizer.options
+        self.grads = self.optimizer.grads
+        self.runner = PipelineRunner(self.stages, mesh, self._sharded(schedule), sharding=self.optimizer.actions(schedule.stage_to_rank))
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Steps by another schedule of the same stages on the same ranks, with another number of micro-batches for example.
+
+        Every rank of the mesh calls it, between accumulations; weights, optimizer and gradients stay. As `PipelineRunner.set_schedule`.
+        """
+        self.runner.set_schedule(self._sharded(schedule))
+
+    def _sharded(self, schedule: Schedule) -> Schedule:
+        """With what the optimizer does to the shards of each stage."""
+        if self.optimizer is None:
+            return schedule
+        how = self.optimizer.options
         prefetch = 1 if how.reshard_every == "micro_batch" else len(self.stages)
-        schedule = with_sharding(schedule, prefetch, every_micro_batch=how.reduce_every == "micro_batch")
-        self.runner = PipelineRunner(self.stages, mesh, schedule, sharding=self.optimizer.actions(schedule.stage_to_rank))
+        return with_sharding(schedule, prefetch, every_micro_batch=how.reduce_every == "micro_batch")
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor) -> Tensor:

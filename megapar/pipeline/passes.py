@@ -7,9 +7,27 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megapar.pipeline.check import replay
+from megapar.pipeline.check import check, replay
 from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, SHARDING, Action, Schedule
 from megapar.pipeline.simulate import Costs, simulate
+
+
+def prepared(schedule: Schedule, pp: int, shards: bool) -> Schedule:
+    """The schedule as it is executed: proven, with its sends. Raises ValueError for one that does not suit `pp` ranks."""
+    if len(schedule.ranks) != pp:
+        raise ValueError(f"the schedule has {len(schedule.ranks)} ranks and the mesh pp={pp}: make one for {pp}, or another mesh")
+    idle = sorted(set(range(pp)) - set(schedule.stage_to_rank))
+    if idle:
+        raise ValueError(f"the schedule gives rank {idle[0]} no stage: give every rank one, or use fewer ranks")
+    if schedule.has(SHARDING) and not shards:
+        raise ValueError("the schedule has sharding actions and the runner nobody to do them: give it sharding=, or a schedule without")
+    if not schedule.has(("B", "I")):
+        raise ValueError("the schedule has no backward, so it trains nothing: PipelineRunner.evaluate makes its own of forwards")
+    if not schedule.has(SENDS + RECEIVES):
+        check(schedule)
+        schedule = with_communication(schedule)
+    check(schedule)
+    return schedule
 
 
 def with_communication(schedule: Schedule, costs: Costs | None = None) -> Schedule:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from megapar.collectives import check_same, gather_json, raise_together
 from megapar.failures import leave, named_failures
 from megapar.mesh import ParallelMesh
-from megapar.pipeline.check import check
 from megapar.pipeline.orders import forward_only
-from megapar.pipeline.passes import receives_ahead, with_communication
+from megapar.pipeline.passes import prepared, receives_ahead, with_communication
 from megapar.pipeline.recorder import Recorder
-from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, SHARDING, Action, Schedule
+from megapar.pipeline.schedule import COMPUTE, RECEIVES, SENDS, Action, Schedule
 from megapar.pipeline.simulate import Timeline
-from megapar.pipeline.stage import LossFunction, Stage
+from megapar.pipeline.stage import LossFunction, Stage, defer_where_split, make_stages
 from megapar.pipeline.wire import Incoming, Payload, Wire, signature
 from megapar.transport import host_device, start_all_gather
 
@@ -63,17 +62,43 @@ class PipelineRunner:
     ) -> None:
         self.mesh, self.sharding = mesh, sharding
         self._broken = ""
-        error: Exception | None = None
-        try:
-            self.schedule = prepared(schedule, mesh.pp.size, sharding is not None)
-            self.stages = _stages(chunks, self.schedule, mesh.pp.rank, inputs)
-        except Exception as caught:  # whatever it is, the other ranks must hear of it
-            error = caught
-        raise_together(error, mesh.world)
-        check_same(hashlib.sha256(str(self.schedule).encode()).hexdigest(), mesh.world, "the schedule's sha256")
+        self._proven: dict[Schedule, tuple[Schedule, str]] = {}  # by what was given: what is executed, and its sha256
+        self._take(schedule, lambda proven: make_stages(chunks, proven, mesh.pp.rank, inputs))
         self.wire = Wire(mesh.pp, self.schedule.stage_to_rank, mesh.device)
         self._evaluations: dict[int, Schedule] = {}
         self._recorder = Recorder(mesh.device)
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """From the next step on `schedule`: another number of micro-batches, or another order, of the same stages on the same ranks.
+
+        Every rank of the mesh calls it. A schedule is proven once: one that was there before costs two small exchanges. Raises ValueError
+        as the constructor does, and for stages on other ranks, on every rank, and what was there stays.
+        """
+        self._refuse_broken()
+        self._take(schedule, self._same_stages)
+
+    def _take(self, schedule: Schedule, stages_of: Callable[[Schedule], dict[int, Stage]]) -> None:
+        """Makes `schedule` the runner's, once no rank has refused it and all were given the same."""
+        error: Exception | None = None
+        try:
+            if schedule not in self._proven:
+                proven = prepared(schedule, self.mesh.pp.size, self.sharding is not None)
+                self._proven[schedule] = proven, hashlib.sha256(str(proven).encode()).hexdigest()
+            proven, digest = self._proven[schedule]
+            stages = stages_of(proven)
+        except Exception as caught:  # whatever it is, the other ranks must hear of it
+            error = caught
+        raise_together(error, self.mesh.world)
+        check_same(digest, self.mesh.world, "the schedule's sha256")
+        self.schedule, self.stages = proven, stages
+
+    def _same_stages(self, schedule: Schedule) -> dict[int, Stage]:
+        """Those that there are, which can do what the schedule asks."""
+        here, there = self.schedule.stage_to_rank, schedule.stage_to_rank
+        if there != here:
+            raise ValueError(f"the schedule places stages on ranks {list(there)} and they are on {list(here)}: make one for these")
+        defer_where_split(self.stages.values(), schedule)
+        return self.stages
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFunction, *, loss_scale: float | Tensor = 1.0) -> StepTotals:
         """Forwards and backwards of one step; gradients are added to what is there.
@@ -115,8 +140,7 @@ class PipelineRunner:
         loss_scale: float | Tensor | None,
     ) -> tuple[StepTotals, Any]:
         """Runs `schedule`, or forwards alone. what: the method that was called."""
-        if self._broken:
-            raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again")
+        self._refuse_broken()
         with named_failures(self.mesh):
             try:
                 signed = self._agree(what, None if schedule is None else schedule.microbatches, micro_batches)
@@ -129,6 +153,10 @@ class PipelineRunner:
             with self._failing(step):
                 step.run()
         return step.totals, step.output
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again")
 
     def _agree(self, what: str, wanted: int | None, micro_batches: Sequence[Any]) -> list[Hashable]:
         """The signature of each micro-batch, once all ranks have said that theirs are the same. One exchange of 8 bytes, on the host."""
@@ -259,35 +287,3 @@ class _Step:
             self.output = output.value
         elif output is not None:
             self.here["F", stage.index + 1, m] = output
-
-
-def prepared(schedule: Schedule, pp: int, shards: bool) -> Schedule:
-    """The schedule as it is executed: proven, with its sends. Raises ValueError for one that does not suit `pp` ranks."""
-    if len(schedule.ranks) != pp:
-        raise ValueError(f"the schedule has {len(schedule.ranks)} ranks and the mesh pp={pp}: make one for {pp}, or another mesh")
-    idle = sorted(set(range(pp)) - set(schedule.stage_to_rank))
-    if idle:
-        raise ValueError(f"the schedule gives rank {idle[0]} no stage: give every rank one, or use fewer ranks")
-    if schedule.has(SHARDING) and not shards:
-        raise ValueError("the schedule has sharding actions and the runner nobody to do them: give it sharding=, or a schedule without")
-    if not schedule.has(("B", "I")):
-        raise ValueError("the schedule has no backward, so it trains nothing: PipelineRunner.evaluate makes its own of forwards")
-    if not schedule.has(SENDS + RECEIVES):
-        check(schedule)
-        schedule = with_communication(schedule)
-    check(schedule)
-    return schedule
-
-
-def _stages(chunks: Sequence[nn.Module], schedule: Schedule, rank: int, inputs: Callable[[Any], Any] | None) -> dict[int, Stage]:
-    places = [stage for stage, holder in enumerate(schedule.stage_to_rank) if holder == rank]
-    if len(chunks) != len(places):
-        raise ValueError(f"rank {rank} has {len(chunks)} chunks and the schedule gives it stages {places}: give {len(places)} chunks")
-    stages = {place: Stage(chunk, place, schedule.stages, inputs) for place, chunk in zip(places, chunks, strict=True)}
-    ends, last = schedule.stage_to_rank, len(schedule.ranks) - 1
-    apart = last > 0 and {ends[0], ends[-1]} == {0, last}
-    for stage in stages.values():
-        stage.check_ties(apart)
-        if schedule.has("W"):
-            stage.defer()
-    return stages

@@ -6,7 +6,7 @@ split: `input_gradients` leaves the weight gradients to `weight_gradients`, thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapar.grads import Deferral, has_main_grad
 from megapar.params import spec_of
+from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.wire import Payload, described, takes_gradient
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, "int | Tensor"]]
@@ -133,6 +134,27 @@ class Stage:
         else:
             value = self.module(self.inputs(micro_batch) if received is None else received.value)
         return Payload.of(value, f"stage {self.index}")
+
+
+def make_stages(chunks: Sequence[nn.Module], schedule: Schedule, rank: int, inputs: Callable[[Any], Any] | None) -> dict[int, Stage]:
+    """The stages that the schedule gives to a pipeline rank, by global index, made of the modules in `chunks`. ValueError for chunks
+    that do not fit, tied weights whose gradients would not be summed, and weights whose gradients a W cannot compute."""
+    places = [stage for stage, holder in enumerate(schedule.stage_to_rank) if holder == rank]
+    if len(chunks) != len(places):
+        raise ValueError(f"rank {rank} has {len(chunks)} chunks and the schedule gives it stages {places}: give {len(places)} chunks")
+    stages = {place: Stage(chunk, place, schedule.stages, inputs) for place, chunk in zip(places, chunks, strict=True)}
+    ends, last = schedule.stage_to_rank, len(schedule.ranks) - 1
+    for stage in stages.values():
+        stage.check_ties(ends_apart=last > 0 and {ends[0], ends[-1]} == {0, last})
+    defer_where_split(stages.values(), schedule)
+    return stages
+
+
+def defer_where_split(stages: Iterable[Stage], schedule: Schedule) -> None:
+    """Prepares the stages for the schedule's W, if it has any."""
+    if schedule.has("W"):
+        for stage in stages:
+            stage.defer()
 
 
 def check_loss(found: Any) -> tuple[Tensor, int | Tensor]:
