@@ -210,8 +210,9 @@ class _Run:
         """Does what recovery decided about the step that has just been tried."""
         state = self.state
         event = Event(state.step + 1, verdict.action, verdict.reason, self.examples.numbers(state.samples, batch_size))
-        if verdict.action == "rollback":
+        if verdict.action != "skip":
             self.journal.saved(self.checkpoints.finish(), state.step)
+        if verdict.action == "rollback":
             self.state, event = self.checkpoints.roll_back(state, verdict.reason, batch_size)
         self.journal.recovery(event)
         if event.action == "stop":

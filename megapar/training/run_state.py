@@ -44,6 +44,8 @@ class RunState:
         """Also fills `watch`."""
         watch.history.clear()
         watch.history.extend((float(loss), float(norm)) for loss, norm in told["history"])
-        state = RunState(*(int(told[name]) for name in COUNTS))
+        state = RunState()
+        for name in COUNTS:
+            setattr(state, name, int(told[name]))
         state.skips, state.rollbacks = ([Event.from_dict(event) for event in told[name]] for name in ("skips", "rollbacks"))
         return state

@@ -45,7 +45,8 @@ def whole_runs(ranks, tmp_path_factory) -> dict[int, Config]:
 @pytest.mark.parametrize(("at", "accident"), [(3, "interrupt"), (4, "failure")])
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(ranks, whole_runs, tmp_path, tp, at, accident):
     whole = whole_runs[tp]
-    config = replaced(whole, "run", out=str(tmp_path / "out"))
+    # A failure does not wait for a checkpoint that is still being written.
+    config = replaced(whole, "run", out=str(tmp_path / "out"), async_save=accident == "interrupt")
     if accident == "interrupt":
         assert ranks.run(tp, run, config, at, accident) == [[at, True, None]] * tp
     else:
@@ -194,7 +195,7 @@ def test_runs_that_would_lose_or_lack_files_are_refused_on_all_ranks(ranks, whol
     cases = {
         "holds checkpoints of an earlier run": config,
         "holds no checkpoint to resume from": replaced(config, "run", resume="yes", out=str(tmp_path / "none")),
-        "cannot hold the metrics": replaced(config, "run", out=str(blocked / "out")),
+        "cannot hold this run": replaced(config, "run", out=str(blocked / "out")),
         "does not exist": replaced(config, "data", corpus=str(tmp_path / "no.txt")),
     }
     for told, case in cases.items():

@@ -52,7 +52,7 @@ def run(config: Config, poison: float | None = None) -> str:
 
     def loss(self: TrainStep, output: torch.Tensor, batch: Any, z_loss: float = 0.0) -> Any:
         total, counted = real_loss(self, output, batch, z_loss)
-        bad = bool((batch.tokens.view(batch.b, batch.s) == window[0]).all(1).any())
+        bad = bool(window) and bool((batch.tokens.view(batch.b, batch.s) == window[0]).all(1).any())
         return (total * poison if bad and poison else total), counted
 
     TrainStep.loss, Examples.samples = loss, samples  # type: ignore[method-assign]
@@ -143,9 +143,8 @@ def test_more_samples_before_and_after_the_bad_step_can_be_left_out(tmp_path):
     assert run(config, NAN) == ""
     (event,) = events_of(config, "recovery")
     assert (event["to_step"], event["samples"]) == (1, [8, 24])
-    before = small(tmp_path / "before", {}, non_finite="rollback", back=1, skip_before=9)
-    (tmp_path / "before").mkdir()
-    assert run(replaced(before, "data", corpus=config.data.corpus), NAN) == ""
+    before = replaced(replaced(config, "recovery", back=1, skip_before=9, skip_after=0), "run", out=str(tmp_path / "before"))
+    assert run(before, NAN) == ""
     (event,) = events_of(before, "recovery")
     assert (event["to_step"], event["samples"]) == (3, [12, 16]), "what the checkpoint has seen is not left out"
 
