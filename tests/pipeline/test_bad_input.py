@@ -160,6 +160,51 @@ def test_what_no_step_is_made_of(ranks):
         assert first[name] == second[name], name
 
 
+TAKEN: dict[str, tuple[Callable[[int], Schedule], str]] = {
+    "stages elsewhere": (
+        lambda _: parse_schedule("1F0,1B0\n0F0,0B0"),
+        r"the schedule places stages on ranks \[1, 0\] and they are on \[0, 1\]: make one for these",
+    ),
+    "more stages": (lambda _: make_schedule(None, 2, 2, 3), r"the schedule places stages on ranks \[0, 1, 0, 1\] and they are on \[0, 1\]"),
+    "another pp": (lambda _: make_schedule("1f1b", 3, 1, 4), "the schedule has 3 ranks and the mesh pp=2"),
+    "differs between ranks": (
+        lambda rank: make_schedule("1f1b", 2, 1, 3 + rank),
+        "the schedule's sha256 must be the same on all ranks of world and differs",
+    ),
+    "a known one on one rank": (
+        lambda rank: make_schedule("1f1b", 2, 1, 3 if rank else 4),
+        "the schedule's sha256 must be the same on all ranks of world and differs",
+    ),
+    "refused on one rank": (
+        lambda rank: forward_only([0, 1], 4) if rank else make_schedule("1f1b", 2, 1, 4),
+        "the schedule has no backward, so it trains nothing",
+    ),
+    "a deadlock": (lambda _: parse_schedule(DEADLOCK), "deadlock: rank 0 at 0B0"),
+    "W without megapar's layers": (lambda _: make_schedule("zero_bubble", 2, 1, 4), r"the schedule splits backwards, and 0\.weight of"),
+}
+
+
+def refused_schedules() -> dict[str, str]:
+    mesh = ParallelMesh(pp=2)
+    runner, told = runner_of(mesh), {}
+    for name, (make, _) in TAKEN.items():
+        told[name] = caught(lambda make=make: runner.set_schedule(make(mesh.pp.rank)))
+        assert runner.schedule.microbatches == 4, name
+    runner.step(data(4), loss_fn)  # by the one it was made with
+    runner.set_schedule(make_schedule("gpipe", 2, 1, 3))
+    runner.step(data(3), loss_fn)
+    told["the count that was"] = caught(lambda: runner.step(data(4), loss_fn))
+    return told
+
+
+def test_what_no_runner_goes_on_by(ranks):
+    first, second = ranks.run(2, refused_schedules)
+    for name, (_, words) in TAKEN.items():
+        assert re.match(words, first[name]), f"{name}: {first[name]}"
+    assert first["the count that was"] == "step was given 4 micro-batches and takes 3: give as many"
+    assert first == second
+
+
 class Returning(nn.Module):
     def __init__(self, value: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
