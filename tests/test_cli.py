@@ -105,7 +105,7 @@ def test_doctor(capsys):
         ("train c.toml --tokenizer none.json --tp 2 --nproc 2", "tokenizer none.json is not a file"),
         ("train c.toml --data.held-out 1 --tp 2 --nproc 2", "held-out fraction is 1.0"),
         ("train c.toml --tokenizer characters --run.prompt ? --tp 2 --nproc 2", "'?' (U+003F)"),
-        ("train c.toml --out c.txt/out", "run.out=c.txt/out cannot hold the metrics"),
+        ("train c.toml --out c.txt/out", "run.out=c.txt/out cannot hold this run"),
         ("train c.toml --resume yes --out new", "new/checkpoints holds no checkpoint to resume from"),
         ("verify --tp 1", "--tp 1 --dp 1 --pp 1 leaves nothing to compare"),
     ],
@@ -159,7 +159,7 @@ def test_a_run_leaves_what_it_says(folder, capsys):
     found = {path.relative_to("o").as_posix() for path in Path("o").rglob("*") if path.is_file()}
     checkpoint = {f"checkpoints/step-0000000{n}/{name}" for n in (2, 3) for name in ("manifest.json", "rank-00000-00000.safetensors")}
     model = {f"model/{name}" for name in ("manifest.json", "rank-00000-00000.safetensors", "tokenizer.json")}
-    assert found == {"config.json", "loss.png", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model
+    assert found == {"config.json", "loss.png", "metrics.jsonl", "sample.txt", "summary.json", "lock", "checkpoints/latest"} | checkpoint | model
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["held_out_loss"] == read_metrics(Path("o/metrics.jsonl"))[-1]["held_out_loss"]

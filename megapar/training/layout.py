@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from megapar.layers.attention import split_heads
-from megapar.mesh import ParallelMesh
+from megapar.mesh import ParallelMesh, data_parallel_size
 from megapar.models.pipelined import decoder_cuts
 from megapar.params import split
 from megapar.training.config import Config
@@ -15,7 +15,7 @@ from megapar.training.sections import batches_of, check_batches, ranks_of, recom
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError unless model and batches can be cut over the config's ranks and they are `world_size`. Needs no process group."""
     model, parallel, tp = config.model, config.parallel, config.parallel.tp
-    if ranks_of(config) != world_size:
+    if data_parallel_size(world_size, tp=tp, pp=parallel.pp) != parallel.dp:
         layout = f"parallel.tp={tp} x parallel.dp={parallel.dp} x parallel.pp={parallel.pp}"
         fix = f"start {ranks_of(config)}, or change --dp"
         raise ValueError(f"the world has {world_size} ranks and {layout} uses {ranks_of(config)}: {fix}")
