@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megapar.collectives import check_same, gather_json, raise_together
 from megapar.failures import leave, named_failures
-from megapar.mesh import ParallelMesh
+from megapar.mesh import Axis, ParallelMesh
 from megapar.pipeline.orders import forward_only
 from megapar.pipeline.passes import prepared, receives_ahead, with_communication
 from megapar.pipeline.recorder import Recorder
@@ -71,8 +71,8 @@ class PipelineRunner:
     def set_schedule(self, schedule: Schedule) -> None:
         """From the next step on `schedule`: another number of micro-batches, or another order, of the same stages on the same ranks.
 
-        Every rank of the mesh calls it. A schedule is proven once: one that was there before costs two small exchanges. Raises ValueError
-        as the constructor does, and for stages on other ranks, on every rank, and what was there stays.
+        Every rank of the mesh calls it. A schedule is proven once: one that was there before costs one exchange of 8 bytes. Raises
+        ValueError as the constructor does, and for stages on other ranks, on every rank, and what was there stays.
         """
         self._refuse_broken()
         self._take(schedule, self._same_stages)
@@ -88,8 +88,9 @@ class PipelineRunner:
             stages = stages_of(proven)
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        raise_together(error, self.mesh.world)
-        check_same(digest, self.mesh.world, "the schedule's sha256")
+        if not _all_say(None if error else digest, self.mesh.world):
+            raise_together(error, self.mesh.world)
+            check_same(digest, self.mesh.world, "the schedule's sha256")
         self.schedule, self.stages = proven, stages
 
     def _same_stages(self, schedule: Schedule) -> dict[int, Stage]:
@@ -159,7 +160,7 @@ class PipelineRunner:
             raise RuntimeError(f"an earlier step of this runner failed ({self._broken}): start the ranks again")
 
     def _agree(self, what: str, wanted: int | None, micro_batches: Sequence[Any]) -> list[Hashable]:
-        """The signature of each micro-batch, once all ranks have said that theirs are the same. One exchange of 8 bytes, on the host."""
+        """The signature of each micro-batch, once all ranks have said that theirs are the same."""
         error: Exception | None = None
         signed: list[Hashable] = []
         count = len(micro_batches) if isinstance(micro_batches, Sequence) else None
@@ -172,13 +173,7 @@ class PipelineRunner:
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
         axis = self.mesh.world if self.mesh.dp.size == 1 else self.mesh.pp
-        if axis.size == 1:
-            raise_together(error, axis)
-            return signed
-        digest = int.from_bytes(hashlib.sha256(repr((what, signed)).encode()).digest()[:7], "little")
-        mine = torch.tensor([-1 if error else digest], device=host_device(axis))
-        everyone = start_all_gather(mine, axis).wait()
-        if bool((everyone != mine).any()) or bool((everyone < 0).any()):
+        if not _all_say(None if error else (what, signed), axis):
             check_same(what, axis, "the method that is called")
             check_same(count, axis, "the number of micro-batches")
             raise_together(error, axis)
@@ -287,3 +282,12 @@ class _Step:
             self.output = output.value
         elif output is not None:
             self.here["F", stage.index + 1, m] = output
+
+
+def _all_say(said: Hashable, axis: Axis) -> bool:
+    """Whether all ranks say the same, and not None: the same answer on each. One exchange of 8 bytes, on the host."""
+    if axis.size == 1:
+        return said is not None
+    digest = int.from_bytes(hashlib.sha256(repr(said).encode()).digest()[:7], "little")
+    mine = torch.tensor([-1 if said is None else digest], device=host_device(axis))
+    return bool((start_all_gather(mine, axis).wait() == mine).all()) and said is not None
