@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ class ParamSpec:
     decay: whether weight decay applies: to matrices, not to biases and gains.
     unit: elements of the local tensor that ZeRO's shards keep together (a quantisation block, a matrix).
     defers: whether its layer hands the gradient to `grads.accumulate`, so that it can be computed after that of the layer's input.
+    seeds: what each piece's logical tensor is to be drawn with, where `initialize` left the parameter on `meta`.
     """
 
     pieces: tuple[Piece, ...]
@@ -94,6 +95,7 @@ class ParamSpec:
     decay: bool = True
     unit: int = 1
     defers: bool = False
+    seeds: tuple[int, ...] = ()
 
     @property
     def is_sharded(self) -> bool:
@@ -147,36 +149,55 @@ def named_specs(model: Modules) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]
 def initialize(model: nn.Module, seed: int, device: torch.device | str | None = None) -> None:
     """Draws every parameter that has an `init` from a generator seeded by (seed, global name): the same model for any layout.
 
-    Parameters on `meta` are made on `device` first. One full logical tensor exists at a time. Raises ValueError for a parameter on
-    `meta` without an `init`.
+    Parameters on `meta` are made on `device` first. With device="meta" they stay there and only remember their seeds: a ZeroOptimizer
+    draws them, shard by shard. One full logical tensor exists at a time. Raises ValueError for a parameter on `meta` without an `init`.
     """
+    device = torch.device(device or "cpu")
     for name, param, spec in named_specs(model):
         if param.is_meta and spec.init is None:
             raise ValueError(f"parameter {name} is on meta and has no initial values: build its module on a real device")
-    _materialize(model, torch.device(device or "cpu"))
     for _, param, spec in named_specs(model):
-        _fill(param, spec, lambda logical: torch.Generator().manual_seed(seed_of(seed, logical)))
+        seeds = tuple(seed_of(seed, piece.name) for piece in spec.pieces)
+        if param.is_meta and device.type == "meta":
+            param.spec = replace(param.spec, seeds=seeds)  # type: ignore[attr-defined]
+            continue
+        if param.is_meta:
+            materialize(param, torch.empty_like(param, device=device))
+        if spec.init is not None:
+            fill(spec.views(param), spec.init, seeded(spec, seeds))
 
 
 def draw(layer: nn.Module) -> None:
     """Draws the layer's own parameters from torch's default generator. Ranks with equal torch seeds get parts of one model."""
     for param in layer.parameters(recurse=False):
         spec = spec_of(param)
-        if spec is not None:
-            _fill(param, spec, lambda _: None)
+        if spec is not None and spec.init is not None and not param.is_meta:
+            fill(spec.views(param), spec.init, lambda _: None)
+
+
+def seeded(spec: ParamSpec, seeds: Sequence[int]) -> Callable[[str], torch.Generator]:
+    """The generator of each logical tensor, by name; seeds: of the spec's pieces."""
+    by_name = {piece.name: seed for piece, seed in zip(spec.pieces, seeds, strict=True)}
+    return lambda name: torch.Generator().manual_seed(by_name[name])
 
 
 @torch.no_grad()
-def _fill(param: Tensor, spec: ParamSpec, generator_of: Callable[[str], torch.Generator | None]) -> None:
-    """Writes this rank's boxes of freshly drawn logical tensors into `param`."""
-    if spec.init is None or param.is_meta:
-        return
-    name, full = "", torch.empty(0)
-    for piece, view in spec.views(param):
-        if piece.name != name:
-            name, full = piece.name, torch.empty(piece.shape, dtype=torch.float32)
-            spec.init(full, generator_of(name))
-        view.copy_(full[piece.index])
+def fill(parts: Iterable[tuple[Piece, Tensor]], init: Init, generator_of: Callable[[str], torch.Generator | None]) -> None:
+    """Draws the logical tensors of which `parts` are boxes, and writes each box into its tensor. Boxes of one lie next to each other."""
+    for name, boxes in groupby(parts, key=lambda part: part[0].name):
+        full: Tensor | None = None  # the one before is free now (tests/test_params.py::test_one_full_tensor_at_a_time)
+        for piece, view in boxes:
+            if full is None:
+                full = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
+                init(full, generator_of(name))
+            view.copy_(full[piece.index])
+
+
+def materialize(param: nn.Parameter, data: Tensor) -> None:
+    """Gives a parameter on `meta` the memory of `data`. It stays the same object for whoever holds it: ties, lists, groups, its spec."""
+    made = type(param)(data, requires_grad=param.requires_grad)
+    made.__dict__.update(param.__dict__)
+    torch.utils.swap_tensors(param, made)
 
 
 def seed_of(*words: object) -> int:
@@ -203,16 +224,3 @@ def split(size: int, parts: int, unit: int = 1, what: str = "size") -> list[Inte
 def _resolve(prefix: str, name: str) -> str:
     """`../q.weight` beside module `layers.0.qkv` is `layers.0.q.weight`."""
     return posixpath.normpath(f"/{prefix.replace('.', '/')}/{name}").strip("/").replace("/", ".")
-
-
-def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Replaces parameters on `meta` by uninitialised ones on `device`, keeping ties, specs and requires_grad."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is None or not param.is_meta:
-                continue
-            if param not in made:
-                made[param] = type(param)(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
-                made[param].__dict__.update(param.__dict__)
-            module._parameters[name] = made[param]

@@ -1,6 +1,7 @@
 """What a parameter is: cuts, names, initial values."""
 
 import copy
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from megapar import Axis, ColumnParallelLinear, ParallelMesh, RowParallelLinear, Shards, VocabParallelEmbedding, initialize
 from megapar.models.config import DecoderConfig
 from megapar.models.decoder import Decoder
-from megapar.params import ParamSpec, Piece, SpecParameter, draw, named_specs, seed_of, spec_of, split
+from megapar.params import ParamSpec, Piece, SpecParameter, draw, fill, named_specs, seed_of, seeded, spec_of, split
 
 
 @settings(deadline=None)
@@ -103,6 +104,37 @@ def test_initialize_from_meta():
     third = values(meta)
     assert not torch.equal(second["embed.weight"], third["embed.weight"])
     assert not torch.equal(third["layers.0.qkv.weight"], third["layers.1.qkv.weight"])
+
+
+def test_one_full_tensor_at_a_time():
+    """Each is freed before the next is drawn, also where one parameter holds several."""
+    drawn: list[weakref.ref] = []
+
+    def init(full: torch.Tensor, generator: torch.Generator | None) -> None:
+        assert not any(earlier() is not None for earlier in drawn)
+        drawn.append(weakref.ref(full))
+
+    parts = tuple(Shards(4, name=name) for name in "qkv")
+    initialize(nn.Sequential(*(ColumnParallelLinear(3, parts, bias=False, init=init, device="meta") for _ in range(2))), seed=1)
+    assert len(drawn) == 6
+
+
+def test_seeds_are_remembered_on_meta():
+    """What stays there can be drawn by whoever gives it memory: the values are those that `initialize` draws itself."""
+    real, meta = Model(), Model(device="meta")
+    meta.norm = nn.LayerNorm(3)
+    initialize(real, seed=1)
+    initialize(meta, seed=1, device="meta")
+    assert meta.embed.weight.is_meta and meta.head.weight is meta.embed.weight
+    for (name, param, spec), (_, expected, _) in zip(named_specs(meta), named_specs(real), strict=True):
+        if param.is_meta:
+            local = torch.empty(param.shape)
+            fill(spec.views(local), spec.init, seeded(spec, spec.seeds))
+            assert torch.equal(local, expected), name
+    held = [*meta.parameters()]
+    initialize(meta, seed=1)
+    assert [*map(id, meta.parameters())] == [*map(id, held)], "whoever held a parameter holds it still"
+    assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), real.parameters(), strict=True))
 
 
 def test_initialize_in_bf16():

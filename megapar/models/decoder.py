@@ -27,7 +27,8 @@ class DecoderStage(nn.Module):
     """Some of a decoder's blocks, the embedding before the first of them, the norm and output projection after the last.
 
     layers: the blocks [start, stop) that it holds; all of them by default. Built on `meta` and then drawn tensor by tensor from
-    (seed, name), which are those of the whole decoder: the same model for every layout. Between embedding and output projection hidden
+    (seed, name), which are those of the whole decoder: the same model for every layout. device: the mesh's by default; "meta" leaves the
+    drawing to a ZeroOptimizer. Between embedding and output projection hidden
     states are [t, h], or [ceil(t / tp), h] with `sequence_parallel`. Tied embeddings on two pipeline ranks are two parameters that hold
     one logical tensor: their gradients are summed over the two ranks, the first stage's is the one that counts and is saved.
     """
@@ -43,6 +44,7 @@ class DecoderStage(nn.Module):
         recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.tp = config, vocab_size, mesh.tp
@@ -61,7 +63,7 @@ class DecoderStage(nn.Module):
         if config.tied_embeddings:
             self._tie(mesh.pp_ends)
         apply_recompute([*self.blocks.values()], recompute or Recompute(), tp=mesh.tp, sequence_parallel=self.sequence_parallel)
-        initialize(self, seed, mesh.device)
+        initialize(self, seed, device or mesh.device)
 
     def forward(self, x: Tensor | None, batch: TokenBatch) -> Tensor:
         """Hidden states from those of the stage before, from `batch.tokens` on the first stage; normed on the last one."""
@@ -124,8 +126,10 @@ class Decoder(DecoderStage):
         recompute: Recompute | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(config, vocab_size, mesh, sequence_parallel=sequence_parallel, recompute=recompute, seed=seed, dtype=dtype)
+        options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "recompute": recompute}
+        super().__init__(config, vocab_size, mesh, **options, seed=seed, dtype=dtype, device=device)
 
     def forward(self, batch: TokenBatch | Tensor | None, stage_batch: TokenBatch | None = None) -> Tensor:  # type: ignore[override]
         """Logits [t, v / tp] of a TokenBatch, or of int64 tokens [b, s]; with (None, TokenBatch), as a stage, hidden states."""

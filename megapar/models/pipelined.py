@@ -54,6 +54,7 @@ class PipelinedDecoder:
         # Of every stage, so that all ranks refuse together.
         (recompute or Recompute()).check(min(stop - start for start, stop in self.cuts), mesh.tp.size, sequence_parallel)
         options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "recompute": recompute, "seed": seed, "dtype": dtype}
+        options["device"] = None if optimize is None else "meta"  # an optimizer draws no more than this rank keeps
         self.stages = [
             DecoderStage(config, vocab_size, mesh, layers=layers, **options)
             for layers, rank in zip(self.cuts, schedule.stage_to_rank, strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from megapar.training.recovery import Event, Watch
 
-
 COUNTS = ("step", "samples", "updates", "applied_samples")
 
 

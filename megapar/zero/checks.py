@@ -20,6 +20,12 @@ def check_loss(loss: Tensor) -> None:
         raise ValueError(f"backward was given a loss that is {what}, and needs an fp32 scalar that the model computed: sum losses in fp32")
 
 
+def check_given(has_values: bool, what: str) -> None:
+    """Raises ValueError for what is done with weights that are still to be loaded."""
+    if not has_values:
+        raise ValueError(f"{what} needs weights and load_later=True left them to be loaded: load_state_dict, or boxes(), then loaded()")
+
+
 def check_count(count: Any) -> None:
     """Raises ValueError unless a step can be told so what its losses are sums over."""
     if not isinstance(count, (Real, Tensor)) or isinstance(count, bool) or (isinstance(count, Tensor) and count.numel() != 1):

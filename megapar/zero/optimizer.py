@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,14 +24,16 @@ from megapar.mesh import ParallelMesh
 from megapar.ops.step_state import StepState, step_state_
 from megapar.optim.precision import Precision
 from megapar.params import Modules
-from megapar.zero.buckets import GradBuckets, Reduction, Window
-from megapar.zero.checks import Untouched, check_count, check_loss, check_scale
+from megapar.zero.actions import actions_of
+from megapar.zero.buckets import GradBuckets, Window
+from megapar.zero.checks import Untouched, check_count, check_given, check_loss, check_scale
 from megapar.zero.gather import Gathers
+from megapar.zero.initial import lay_out
 from megapar.zero.layout import make_layout
-from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_same_values, convert_frozen, grouped, listed
-from megapar.zero.state import ShardedState, StateBox, as_saved, check_states, fill
+from megapar.zero.setup import BUCKET_BYTES, AdamW, Options, check_same_values, grouped, listed, reduction_of
+from megapar.zero.state import StateBox, as_saved, check_states, fill
 from megapar.zero.update import Shard, StepResult, apply_adamw, foreseen, step_totals
-from megapar.zero.weights import Weights, storage_bytes
+from megapar.zero.weights import storage_bytes
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -46,6 +47,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     "native" is NCCL's (default on CUDA). payload: what gradients travel as. bucket_bytes: of fp32 gradients that travel together, at least,
     8 MiB by default, on CUDA 64. overlap: communication while backward goes on.
     gather_ahead: stages 1 and 2 fetch updated weights while the next forward begins; until a module runs, its weights are old.
+    load_later: parameters on `meta` are not drawn; nothing runs until they have been loaded.
 
     Raises ValueError, on every rank, for options that do not go together, weights that are not finite, ranks whose models differ.
     """
@@ -66,6 +68,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_bytes: int | None = None,
         overlap: bool = True,
         gather_ahead: bool = False,
+        load_later: bool = False,
         groups: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.mesh, self.update = mesh, update or AdamW()
@@ -73,9 +76,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         error: Exception | None = None
         try:
             bucket_bytes = BUCKET_BYTES[mesh.device.type] if bucket_bytes is None else bucket_bytes
-            self.options = Options(stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead)
+            how = (stage, max_norm, reduce_every, reshard_every, reduction, payload, bucket_bytes, overlap, gather_ahead, load_later)
+            self.options = Options(*how)
             self.precision = Precision.of(precision)
-            self._listed = found = listed(self.chunks, stage, mesh.tp.rank)
+            self._listed = found = listed(self.chunks, self.options, mesh)
             self.layout = make_layout(found.entries, mesh.dp.size, -(-bucket_bytes // 4))
             super().__init__(grouped(found, self.update, groups), self.update.defaults)
         except (TypeError, ValueError) as caught:
@@ -89,15 +93,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _build(self) -> None:
         found, mesh, options, precision = self._listed, self.mesh, self.options, self.precision
-        replicated, axis = options.stage == 0, mesh.dp
-        intervals = [(0, p.numel()) if replicated else self.layout.interval(i, axis.rank) for i, p in enumerate(found.params)]
-        convert_frozen(self.chunks, precision.param)
-        self.sharded = ShardedState(found.params, found.specs, intervals, precision)
-        self.weights = Weights(found.params, self.layout, axis, precision.convert, replicated=replicated, sharded=options.stage == 3)
-        native = options.reduction == "native" if options.reduction else mesh.device.type == "cuda"
-        pooled, every = options.stage >= 2, options.reduce_every
-        how = Reduction(every, pooled, replicated, precision.main_grad, options.payload, options.overlap, native)
-        self.grads = GradBuckets(found.params, self.layout, axis, how, found.chunk_of)
+        self.sharded, self.weights = lay_out(self.chunks, found, self.layout, mesh, precision, options)
+        self.grads = GradBuckets(found.params, self.layout, mesh.dp, reduction_of(options, precision, mesh.device), found.chunk_of)
         after_use, watches = options.reshard_every == "micro_batch", options.gather_ahead
         self.gathers = Gathers(self.chunks, self.weights, after_use=after_use, ahead=options.overlap, watches=watches)
         self._index = {param: index for index, param in enumerate(found.params)}
@@ -105,7 +102,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._untouched = Untouched(self.chunks, found, self.weights)
         self._skipped = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._scale_before = self.loss_scale.clone()
-        self._broken = ""
+        self._broken, self._has_values = "", not options.load_later
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """For torch's constructor. Raises ValueError afterwards."""
@@ -146,19 +143,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def actions(self, stage_to_rank: Sequence[int]) -> Callable[[Any], None]:
         """What UNSHARD, RESHARD and REDUCE_GRAD of a pipeline with these stages do: `PipelineRunner(sharding=)`."""
-        chunk_of = {stage: chunk for chunk, stage in enumerate(s for s, rank in enumerate(stage_to_rank) if rank == self.mesh.pp.rank)}
-
-        def act(action: Any) -> None:
-            chunk = chunk_of[action.stage]
-            if action.kind == "REDUCE_GRAD":
-                self.grads.end_window(chunk)
-            elif action.kind == "UNSHARD" and self.weights.sharded and self.options.overlap:
-                self.gathers.start(self.gathers.units[chunk][0])
-            elif action.kind == "RESHARD":
-                for unit in self.gathers.units[chunk]:
-                    self.gathers.free(unit)
-
-        return act
+        mine = [stage for stage, rank in enumerate(stage_to_rank) if rank == self.mesh.pp.rank]
+        ahead = self.weights.sharded and self.options.overlap
+        return actions_of(self.grads, self.gathers, {stage: chunk for chunk, stage in enumerate(mine)}, ahead)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops what was accumulated since the last step; `step` does so itself."""
@@ -173,8 +160,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Applies the accumulated gradients, divided by the sum of all ranks' `count` and the loss scale, and clipped.
 
         count: what this rank's losses were sums over, a number (ranks of tp: the same one; pipeline ranks without the last stage: 0).
-        accept: given what the step would return, the same on every rank, says whether it is to be applied; one that is not changes
-        nothing, the loss scale neither. Else nothing waits for the device. Raises ValueError for no backward before, a count that is none,
+        accept: given norm, count and what is shared, the same on every rank, says whether the step is applied; one that is not
+        changes nothing, the loss scale neither. Else nothing waits for the device. Raises ValueError for no backward before, a count that is none,
         0 counted by all ranks (on CPU), and a loss scale that is at its minimum while gradients overflow.
         """
         with self._together("a step"):
@@ -200,9 +187,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _reject(self, found: StepResult) -> StepResult:
         self.gathers.release()
-        self.grads.zero()
+        self.zero_grad()
         self._skipped += 1
-        return replace(found, skipped=torch.ones_like(found.skipped))
+        return found
 
     def _update(self, row: int, group: dict[str, Any]) -> None:
         shards = []
@@ -249,10 +236,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def loaded(self) -> None:
         """Makes whole weights of what was written to `boxes`."""
+        self._has_values = True
         self._share_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of weights and optimizer state, as boxes of logical tensors: any layout can load those of all ranks."""
+        check_given(self._has_values, "state_dict")
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return {"groups": groups, "progress": self.progress(), "boxes": as_saved(self.boxes())}
 
@@ -300,6 +289,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
         """Runs what all ranks do together; after an error of any of them nothing more is."""
+        check_given(self._has_values, what)
         if self._broken:
             raise RuntimeError(f"an earlier step of this optimizer failed ({self._broken}): start the ranks again")
         try:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from megapar.collectives import gather_json
 from megapar.grads import has_main_grad
-from megapar.mesh import Axis
+from megapar.mesh import Axis, ParallelMesh
 from megapar.ops.adamw import check_options
+from megapar.optim.precision import Precision
 from megapar.params import ParamSpec, named_specs, spec_of
-from megapar.zero.buckets import Window
+from megapar.zero.buckets import Reduction, Window
 from megapar.zero.gather import units_of
 from megapar.zero.layout import Entry
 
@@ -55,6 +56,7 @@ class Options:
     bucket_bytes: int
     overlap: bool
     gather_ahead: bool
+    load_later: bool
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -72,6 +74,13 @@ class Options:
             raise ValueError(f"bucket_bytes={self.bucket_bytes} must be 1 or more: leave it out for the default")
 
 
+def reduction_of(options: Options, precision: Precision, device: torch.device) -> Reduction:
+    """How gradients are summed: as the options and formats say, by NCCL itself on CUDA unless they say otherwise."""
+    native = options.reduction == "native" if options.reduction else device.type == "cuda"
+    pooled, whole = options.stage >= 2, options.stage == 0
+    return Reduction(options.reduce_every, pooled, whole, precision.main_grad, options.payload, options.overlap, native)
+
+
 @dataclass(frozen=True)
 class Listed:
     """The parameters of the chunks that train, each once, with what is known of them; and the chunk of each group of the layout."""
@@ -82,24 +91,26 @@ class Listed:
     chunk_of: dict[str, int]
 
 
-def listed(chunks: Sequence[nn.Module], stage: int, tp_rank: int) -> Listed:
+def listed(chunks: Sequence[nn.Module], options: Options, mesh: ParallelMesh) -> Listed:
     """Plain parameters are the same on all ranks of tp and belong to the first.
 
-    Raises ValueError for a model without parameters, on meta, on several devices, or with values that are not finite.
+    Raises ValueError for a model without parameters, on several devices, with values that are not finite, or with something on meta that
+    nothing is known to give values to.
     """
     found = Listed([], [], [], {})
     seen: set[nn.Parameter] = set()
     for number, chunk in enumerate(chunks):
         unit_of = units_of(chunk, number)[1]
+        _check_meta(chunk, options.load_later)
         for name, param, spec in named_specs(chunk):
             if not param.requires_grad or param in seen:
                 continue
             seen.add(param)
             _check_param(name, param)
             if spec_of(param) is None:
-                spec = replace(spec, owner=tp_rank == 0)
+                spec = replace(spec, owner=mesh.tp.rank == 0)
             # In stage 3 a block's weights come and go together; elsewhere buckets are as long as they like.
-            group = f"{unit_of[param].name if stage == 3 else number}"
+            group = f"{unit_of[param].name if options.stage == 3 else number}"
             found.chunk_of[group] = number
             name = name if len(chunks) == 1 else f"{number}.{name}"
             found.params.append(param)
@@ -108,7 +119,7 @@ def listed(chunks: Sequence[nn.Module], stage: int, tp_rank: int) -> Listed:
     if not found.params:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to optimize")
     _check_apart(found)
-    devices = sorted({str(param.device) for param in found.params})
+    devices = sorted({str(mesh.device if param.is_meta else param.device) for param in found.params})
     if len(devices) > 1:
         raise ValueError(f"parameters are on {' and '.join(devices)}: move the model to one device")
     return found
@@ -118,7 +129,7 @@ def _check_apart(found: Listed) -> None:
     """Raises ValueError for two parameters in one memory, which would be two after wrapping."""
     spans = []
     for param, entry in zip(found.params, found.entries, strict=True):
-        if param.numel():
+        if param.numel() and not param.is_meta:
             spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), entry.name))
     for (_, stop, name), (start, _, other) in pairwise(sorted(spans)):
         if start < stop:
@@ -126,10 +137,14 @@ def _check_apart(found: Listed) -> None:
 
 
 def check_same_values(chunks: Sequence[nn.Module], dp: Axis) -> None:
-    """Raises ValueError on all ranks unless parameters and buffers are the same on all replicas, by two numbers of each."""
+    """Raises ValueError on all ranks unless parameters and buffers are the same on all replicas, by two numbers of each; on meta, by what
+    they are to be drawn with."""
     mine = {}
     for number, chunk in enumerate(chunks):
         for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+            if tensor.is_meta:
+                mine[f"{number}.{name}"] = ["meta", str(getattr(spec_of(tensor), "seeds", ()))]
+                continue
             values = tensor.detach()
             largest = values.abs().max() if values.is_floating_point() and values.numel() else 0.0
             mine[f"{number}.{name}"] = [str(float(values.sum(dtype=torch.float64))), str(float(largest))]  # as text a nan is itself
@@ -140,12 +155,27 @@ def check_same_values(chunks: Sequence[nn.Module], dp: Axis) -> None:
 
 
 def _check_param(name: str, param: nn.Parameter) -> None:
-    if param.is_meta:
-        raise ValueError(f"{name} is on meta and has no values: initialize the model first")
     if has_main_grad(param):
         raise ValueError(f"{name} has an optimizer or MainGrads already, which this one would leave without it: build the model anew")
-    if not bool(param.detach().isfinite().all()):
-        raise ValueError(f"{name} has values that are not finite: check what it was loaded from")
+    if not param.is_meta:
+        check_finite(name, param.detach())
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raises ValueError unless all values are. Their extremes say so (NaN is one) with no memory beside them."""
+    if values.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(values)):
+        raise ValueError(f"{name} has values that are not finite: check what it was loaded from, or its init")
+
+
+def _check_meta(chunk: nn.Module, load_later: bool) -> None:
+    """Raises ValueError for what is on meta and will not be drawn, nor, as frozen parameters and buffers are in no checkpoint, loaded."""
+    for name, param, spec in named_specs(chunk):
+        if param.is_meta and not spec.seeds and not (load_later and param.requires_grad):
+            fix = "give load_later=True and load them" if param.requires_grad else "build it on a real device, as it is frozen"
+            raise ValueError(f'{name} is on meta and has no values: call initialize(model, seed, device="meta") first, or {fix}')
+    for name, buffer in chunk.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"buffer {name} is on meta and has no values: register it on a real device")
 
 
 def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
@@ -170,9 +200,3 @@ def grouped(found: Listed, update: AdamW, groups: Sequence[Mapping[str, Any]] | 
         beta1, beta2 = options["betas"]
         check_options(lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"], weight_decay=options["weight_decay"])
     return made
-
-
-def convert_frozen(chunks: Sequence[nn.Module], dtype: torch.dtype) -> None:
-    """Parameters that do not train meet those that do in the same products."""
-    for param in (param for chunk in chunks for param in chunk.parameters() if not param.requires_grad and param.is_floating_point()):
-        param.data = param.data.to(dtype)

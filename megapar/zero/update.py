@@ -78,9 +78,10 @@ def step_totals(grads: GradBuckets, specs: Sequence[ParamSpec], mesh: ParallelMe
 
 
 def foreseen(told: Tensor, loss_scale: Tensor) -> StepResult:
-    """What a step with these totals would return, but the loss scale that it would move."""
-    norm, skipped = told[0].sqrt() / (loss_scale * told[3]), told[1] > 0
-    return StepResult(norm.masked_fill(skipped & norm.isfinite(), float("nan")), loss_scale.clone(), skipped.double(), told[3], told[4:])
+    """What a step with these totals returns if it is not applied."""
+    norm, overflow = told[0].sqrt() / (loss_scale * told[3]), told[1] > 0
+    norm = norm.masked_fill(overflow & norm.isfinite(), float("nan"))
+    return StepResult(norm, loss_scale.clone(), torch.ones_like(norm), told[3], told[4:])
 
 
 def apply_adamw(shards: Sequence[Shard], state: StepState, row: int, options: dict[str, Any], seed: int | None) -> None:

@@ -6,47 +6,50 @@ what autograd saved of them is there again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megapar.mesh import GATHER, Axis
+from megapar.params import materialize
 from megapar.transport import Pending, start_all_gather
 from megapar.zero.layout import Bucket, Layout
 
 
 class Weights:
-    """The memory of `params`, the layout's entries, after `convert`. sharded: whole ones are freed by `free`, and now.
+    """The memory of `params`, the layout's entries, once each was given to `place`. sharded: whole ones come by `end_gather`, go by `free`.
 
     `shards[i]`: what this rank updates, with padding; without sharding of anything (`replicated`) all of the parameter.
     """
 
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        layout: Layout,
-        axis: Axis,
-        convert: Callable[[Tensor], Tensor],
-        *,
-        replicated: bool,
-        sharded: bool,
-    ) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], layout: Layout, axis: Axis, *, replicated: bool, sharded: bool) -> None:
         self.params, self.layout, self.axis, self.sharded = list(params), layout, axis, sharded and axis.size > 1
         self.replicated = replicated or axis.size == 1
         self.shards: list[Tensor] = [torch.empty(0)] * len(self.params)
         self._flat: list[Tensor] = [torch.empty(0)] * len(self.params)
-        sizes = {member.index: member.size for bucket in layout.buckets for member in bucket.members}
-        with torch.no_grad():
-            for index, param in enumerate(self.params):
-                values = convert(param.detach())
-                flat = values.new_zeros(sizes[index] * axis.size)
-                flat[: param.numel()].view(param.shape).copy_(values)
-                # Through .data the parameter stays the same object for whoever holds it: layers, ties, the user's own lists.
-                param.data = flat[: param.numel()].view(param.shape)
-                self._flat[index] = flat
-                part = flat if self.replicated else flat.view(axis.size, -1)[axis.rank]
-                self.shards[index] = part.clone() if self.sharded else part
+        self._sizes = {member.index: member.size for bucket in layout.buckets for member in bucket.members}
+
+    @torch.no_grad()
+    def place(self, index: int, values: Tensor) -> None:
+        """Makes a parameter's memory and fills it. values: flat, in the weights' format; all of it, or if sharded this rank's shard."""
+        param, size, ranks = self.params[index], self._sizes[index], self.axis.size
+        flat = values.new_empty(size * ranks)
+        whole = flat[: param.numel()].view(param.shape)
+        if self.sharded:
+            shard = values.new_empty(size)
+            flat.untyped_storage().resize_(0)  # now: those of all parameters may not fit (tests/zero/test_from_meta.py::test_place)
+        else:
+            shard = flat if self.replicated else flat.view(ranks, -1)[self.axis.rank]
+        kept = shard if self.sharded else flat
+        kept[: values.numel()] = values
+        kept[values.numel() :] = 0
+        # The parameter stays the same object for whoever holds it: layers, ties, the user's own lists.
+        if param.is_meta:
+            materialize(param, whole)
+        else:
+            param.data = whole
+        self._flat[index], self.shards[index] = flat, shard
 
     def whole(self, index: int) -> Tensor:
         """Room for every rank's shard, of which the parameter is the part without padding."""

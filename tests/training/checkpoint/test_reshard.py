@@ -125,14 +125,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), [("alone", "stage 3"), ("stage 3", "pp"), ("pp", "tp"), ("tp", "stage 2"), ("stage 2", "alone")])
+CHANGES = [("alone", "stage 3"), ("stage 3", "pp"), ("pp", "tp"), ("tp", "stage 2"), ("stage 2", "alone")]
+
+
+@pytest.mark.parametrize(("first", "second"), CHANGES)
 def test_a_run_that_goes_on_in_another_layout_follows_the_one_that_never_stopped(ranks, tmp_path, first, second):
     whole = replaced(replaced(config_for(tmp_path, 1), "model", layers=4), "parallel", **LAYOUTS[first])
     before = whole.parallel.tp * whole.parallel.dp * whole.parallel.pp
     assert ranks.run(before, run, whole) [0][:2] == [6, False]
     config = replaced(whole, "run", out=str(tmp_path / "again"))
     assert ranks.run(before, run, config, 3, "interrupt")[0] == [3, True, None]
-    resumed = replaced(replaced(config, "run", resume="yes"), "parallel", **(dict.fromkeys(("tp", "pp", "dp", "chunks"), 1) | LAYOUTS[second]))
+    layout = {"tp": 1, "pp": 1, "dp": 1, "chunks": 1, **LAYOUTS[second]}
+    resumed = replaced(replaced(config, "run", resume="yes"), "parallel", **layout)
     after = resumed.parallel.tp * resumed.parallel.dp * resumed.parallel.pp
     assert ranks.run(after, run, resumed)[0][:2] == [6, False]
     for ours, theirs in zip(metrics_of(config), metrics_of(whole), strict=True):
