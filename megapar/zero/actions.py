@@ -10,7 +10,7 @@ from megapar.zero.gather import Gathers
 
 
 def actions_of(grads: GradBuckets, gathers: Gathers, chunk_of: Mapping[int, int], ahead: bool) -> Callable[[Any], None]:
-    """chunk_of: this rank's chunk that is a stage of the pipeline. ahead: whether UNSHARD starts to gather; else blocks do when they run."""
+    """chunk_of: this rank's chunk, by its stage. ahead: whether UNSHARD starts to gather; else blocks do when they run."""
 
     def act(action: Any) -> None:
         chunk = chunk_of[action.stage]

@@ -160,9 +160,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Applies the accumulated gradients, divided by the sum of all ranks' `count` and the loss scale, and clipped.
 
         count: what this rank's losses were sums over, a number (ranks of tp: the same one; pipeline ranks without the last stage: 0).
-        accept: given norm, count and what is shared, the same on every rank, says whether the step is applied; one that is not
-        changes nothing, the loss scale neither. Else nothing waits for the device. Raises ValueError for no backward before, a count that is none,
-        0 counted by all ranks (on CPU), and a loss scale that is at its minimum while gradients overflow.
+        accept: given norm, count and what is shared, the same on every rank, says whether the step is applied; one that is not changes
+        nothing, the loss scale neither. Else nothing waits for the device. Raises ValueError for no backward before, a count that is
+        none, 0 counted by all ranks (on CPU), and a loss scale that is at its minimum while gradients overflow.
         """
         with self._together("a step"):
             self._check_step(count)
@@ -170,7 +170,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
             if accept is not None and not accept(found := foreseen(told, self.loss_scale)):
-                return self._reject(found)
+                self.gathers.release()
+                self.zero_grad()
+                self._skipped += 1
+                return found
             if told.device.type == "cpu" and not float(rest[0]) > 0:
                 raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
             betas = [group["betas"] for group in self.param_groups]
@@ -184,12 +187,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.grads.zero()
         norm, scale, skip = self.step_state.scalars[[1, 3, 2]]  # copies: the next step writes there
         return StepResult(norm, scale, skip, rest[0], rest[1:])
-
-    def _reject(self, found: StepResult) -> StepResult:
-        self.gathers.release()
-        self.zero_grad()
-        self._skipped += 1
-        return found
 
     def _update(self, row: int, group: dict[str, Any]) -> None:
         shards = []

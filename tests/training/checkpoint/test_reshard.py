@@ -1,5 +1,5 @@
-"""Any layout loads what any other saved, by a covering array: weights as their fp32 masters, moments, what the optimizer and the run know of
-themselves, bit for bit; and training goes on from there."""
+"""Any layout loads what any other saved, by a covering array: weights as their fp32 masters, moments, what the optimizer and the run know
+of themselves, bit for bit; and training goes on from there."""
 
 import json
 from functools import cache
@@ -112,8 +112,9 @@ def test_every_layout_loads_what_every_other_saved(ranks, tmp_path):
         ranks.run(world(case), save, folder, case)
         folders[case["model"]].append(folder)
     assert all(len(found) >= 6 for found in folders.values())
-    for case in cases():
-        assert min(ranks.run(world(case), load, folders[case["model"]], case, timeout=60)) > 0
+    for number, case in enumerate(cases()):
+        others = folders[case["model"]][number % 3 :: 3]
+        assert min(ranks.run(world(case), load, others, case, timeout=60)) > 0
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
