@@ -1,5 +1,6 @@
 """One optimizer step against plain PyTorch: the division, the norm, the clipping, the decay groups, AdamW."""
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,12 @@ from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import Decoder
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.objectives.causal_lm import IGNORED
+from megapar.ops.step_state import LossScaling
+from megapar.optim.precision import LossScaler, Precision
 from megapar.params import named_specs
 from megapar.pipeline.kinds import make_schedule
 from megapar.pipeline.schedule import Schedule
-from megapar.training.config import OptimizerConfig
+from megapar.training.config import OptimizerConfig, ParallelConfig
 from megapar.training.step import TrainStep, zero
 from tests.parity import boxes, logical
 
@@ -202,3 +205,70 @@ def stop_wanted(by: int) -> bool:
 def test_one_rank_that_wants_to_stop_stops_all(ranks):
     assert ranks.run(2, stop_wanted, 1) == [True, True]
     assert ranks.run(2, stop_wanted, 5) == [False, False]
+
+
+def with_z_loss(tp: int) -> list[Any]:
+    """[training loss, gradient of the embedding on rank 0 as it is summed, evaluated loss, targets]."""
+    mesh = ParallelMesh(tp=tp)
+    model = PipelinedDecoder(LLAMA, VOCAB, mesh, seed=1, optimize=zero(SMOOTH, mesh))
+    step = TrainStep(model, mesh, z_loss=0.01)
+    step.accumulate(batches(0)[:1])
+    gradient = model.stages[0].norm.weight.main_grad.clone()
+    result = step.update(1e-9)
+    return [result.loss, gradient, *step.evaluate(batches(0)[:1])]
+
+
+def test_z_loss_is_trained_and_not_evaluated(ranks):
+    model = Decoder(LLAMA, VOCAB, ParallelMesh.alone(), seed=1).double()
+    inputs, targets = micro_batches(0)[0]
+    logits = model(inputs)
+    plain = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    trained = plain + 0.01 * logits.logsumexp(-1).square().sum()
+    trained.backward()
+    for tp in (1, 2):
+        for loss, gradient, evaluated, count in ranks.run(tp, with_z_loss, tp):
+            assert loss == pytest.approx(float(trained) / count, rel=1e-5)
+            assert evaluated == pytest.approx(float(plain), rel=1e-5)
+            torch.testing.assert_close(gradient.double(), model.norm.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def embedding_gradients(tp: int, factor: float) -> list[torch.Tensor]:
+    """Of every parameter of this rank, by name, before the step."""
+    mesh = ParallelMesh(tp=tp)
+    model = PipelinedDecoder(dataclasses.replace(LLAMA, embedding_gradient=factor), VOCAB, mesh, seed=1, optimize=zero(SMOOTH, mesh))
+    TrainStep(model, mesh).accumulate(batches(0)[:1])
+    return [(name, param.main_grad.clone()) for name, param in model.stages[0].named_parameters()]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_embeddings_gradient_shrinks_by_exactly_its_factor_and_no_other_changes(ranks, tp):
+    """A power of two, so that the product has no rounding."""
+    for plain, shrunk in zip(ranks.run(tp, embedding_gradients, tp, 1.0), ranks.run(tp, embedding_gradients, tp, 0.125), strict=True):
+        for (name, one), (_, other) in zip(plain, shrunk, strict=True):
+            assert torch.equal(other, one * 0.125 if name.startswith("embedding") else one), name
+            assert one.any()
+
+
+def rejected(stage: int) -> list[Any]:
+    """A step that is not accepted, then one that is, and the same without the first: [what is told, weights alike, scales alike]."""
+    mesh, found = ParallelMesh(), []
+    for turns in ((False, True), (True,)):
+        how = ParallelConfig(zero_stage=stage)
+        precision = Precision(torch.float16, master="fp32", scaler=LossScaler(64.0, LossScaling(growth_interval=1)))
+        model = PipelinedDecoder(LLAMA, VOCAB, mesh, seed=1, optimize=zero(SMOOTH, mesh, how, precision))
+        step = TrainStep(model, mesh)
+        for accepted in turns:
+            step.accumulate(batches(mesh.dp.rank)[:1])
+            result = step.update(0.1, judge=lambda loss, norm, accepted=accepted: accepted)
+            found.append([result.skipped, result.loss_scale, result.loss])
+        found.append([box.read().clone() for box in step.optimizer.boxes()])
+    (no, yes, first, alone, second) = found
+    return [no, yes, alone, all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), step.optimizer.skipped_steps]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_accepted_changes_nothing_not_even_the_loss_scale(ranks, stage):
+    for no, yes, alone, alike, skipped in ranks.run(2, rejected, stage):
+        assert no[:2] == [True, 64.0], "an accepted step doubles it"
+        assert yes == alone and alone[:2] == [False, 128.0]
+        assert alike and skipped == 0
