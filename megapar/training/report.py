@@ -19,6 +19,7 @@ from megapar.training.checkpoint import save_checkpoint
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
+from megapar.training.history import running_mean
 from megapar.training.loop import Trained
 from megapar.training.metrics import read_metrics
 from megapar.training.sections import steps_of
@@ -109,7 +110,7 @@ def plot_loss(metrics: Path, picture: Path, baselines: Baselines) -> None:
     axes = figure.add_subplot()
     steps = [s for s, _ in trained]
     axes.plot(steps, [loss for _, loss in trained], color="C0", alpha=0.3, linewidth=0.8, label="training, each step")
-    axes.plot(steps, _running_mean([loss for _, loss in trained]), color="C0", label="training, running mean")
+    axes.plot(steps, running_mean([loss for _, loss in trained]), color="C0", label="training, running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held out")
     for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
@@ -119,12 +120,3 @@ def plot_loss(metrics: Path, picture: Path, baselines: Baselines) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
-
-
-def _running_mean(values: list[float], keep: float = 0.95) -> list[float]:
-    """Exponential mean, corrected for its start."""
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        means.append(mean / weight)
-    return means
