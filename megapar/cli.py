@@ -1,4 +1,4 @@
-"""The command line: megapar train | verify | plan | doctor."""
+"""The command line: megapar train | verify | plan | checkpoint | report | doctor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from megapar.pipeline.kinds import KINDS, make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.pipeline.zero_bubble import split_backward
 from megapar.planning.schedule import parse_costs, plan_schedule
+from megapar.training.checkpoint.commands import checkpoint_command
 from megapar.training.config_file import load_config
 from megapar.training.examples import Examples
 from megapar.training.launch import INTERRUPTED, launch, ranks_wanted
 from megapar.training.layout import check_layout, make_mesh
 from megapar.training.loop import train
 from megapar.training.report import report
+from megapar.training.report_html import write_report
 from megapar.training.sections import ranks_of, with_dp
 from megapar.training.text import load_text
 from megapar.training.verify import verify
@@ -54,6 +56,12 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 
         megapar plan schedule --pp 4 --chunks 2 --microbatches 8 --zero-bubble --costs 1,1.1,0.9,0.05
 
+  megapar checkpoint inspect|verify|convert FOLDER
+      What a checkpoint holds; whether every byte of it is there; its weights for other tools.
+
+  megapar report RUN_FOLDER
+      The report of a run that has not ended, from its metrics: RUN_FOLDER/report.html, one page, and its pictures.
+
   megapar doctor
       Versions, devices, instruction sets, which kernels are active and how to get what is missing.
 """
@@ -62,7 +70,7 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": _train, "verify": _verify, "plan": _plan, "doctor": _doctor}
+    commands = {"train": _train, "verify": _verify, "plan": _plan, "checkpoint": checkpoint_command, "report": _report, "doctor": _doctor}
     if command in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -185,6 +193,16 @@ def _plan(arguments: list[str]) -> int:
     if asked.zero_bubble and not schedule.has("W"):
         schedule = split_backward(schedule, costs)
     print(plan_schedule(schedule, costs, asked.out))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="megapar report", description="A page on a run, from its metrics.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    run = parser.parse_args(arguments).run
+    if not (run / "metrics.jsonl").is_file():
+        raise ValueError(f"{run} holds no metrics.jsonl: give the folder of a run, its --out")
+    print(", ".join(map(str, write_report(run / "metrics.jsonl", run / "report.html"))))
     return 0
 
 

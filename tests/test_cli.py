@@ -160,7 +160,7 @@ def test_a_run_leaves_what_it_says(folder, capsys):
     checkpoint = {f"checkpoints/step-0000000{n}/{name}" for n in (2, 3) for name in ("manifest.json", "rank-00000-00000.safetensors")}
     model = {f"model/{name}" for name in ("manifest.json", "rank-00000-00000.safetensors", "tokenizer.json")}
     checkpoint |= {"checkpoints/latest", "lock"}
-    assert found == {"config.json", "loss.png", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model
+    assert found == {"config.json", "report.html", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["held_out_loss"] == read_metrics(Path("o/metrics.jsonl"))[-1]["held_out_loss"]

@@ -14,6 +14,7 @@ from megapar.training.config import Config
 from megapar.training.config_file import to_dict
 from megapar.training.metrics import MetricsFile, Record, RunProgress
 from megapar.training.recovery import Event
+from megapar.training.tensorboard import TensorBoardSink
 
 
 class Journal:
@@ -21,6 +22,7 @@ class Journal:
 
     def __init__(self, config: Config, mesh: ParallelMesh, steps: int, first: int) -> None:
         self._metrics: MetricsFile | None = None
+        self._events: TensorBoardSink | None = None
         self._progress: RunProgress | None = None
         error: Exception | None = None
         if mesh.world.rank == 0:
@@ -28,6 +30,7 @@ class Journal:
             try:
                 self._metrics = MetricsFile(out / "metrics.jsonl", first)
                 (out / "config.json").write_text(json.dumps(to_dict(config), indent=2), encoding="utf-8")
+                self._events = TensorBoardSink(out / "tensorboard") if config.run.tensorboard else None
                 self._progress = RunProgress(steps, first)
             except (OSError, ValueError) as caught:
                 error = ValueError(f"run.out={out} cannot hold the metrics of this run ({caught}): give another --out")
@@ -40,6 +43,8 @@ class Journal:
     def _log(self, record: Record) -> None:
         if self._metrics is not None:
             self._metrics.log(record)
+        if self._events is not None:
+            self._events.log(record)
 
     def step(self, record: Record, eta: float) -> None:
         """One that was tried. eta: seconds left."""
@@ -86,5 +91,7 @@ class Journal:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        if self._events is not None:
+            self._events.close()
         if self._progress is not None:
             self._progress.close()

@@ -28,7 +28,7 @@ from megapar.training.memory import MemoryPeak, memory_by_kind
 from megapar.training.metrics import Record
 from megapar.training.recovery import Event, Verdict, Watch
 from megapar.training.resume import flat
-from megapar.training.run_checkpoints import RunCheckpoints
+from megapar.training.run_checkpoints import RunCheckpoints, resumes
 from megapar.training.sections import (
     batches_of,
     micro_batch_size,
@@ -85,7 +85,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=recompute_of(config),
             seed=config.run.seed,
-            optimize=zero(config.optimizer, mesh, config.parallel, precision_of(config.precision)),
+            optimize=zero(config.optimizer, mesh, config.parallel, precision_of(config.precision), load_later=resumes(config)),
         )
         run = _Run(config, mesh, examples, TrainStep(model, mesh, config.optimizer.z_loss), peak)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others

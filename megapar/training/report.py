@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the model, a loss curve, a sample of text, a summary against n-gram baselines, and the pipeline's
+"""What a finished run leaves behind: the model, a report, a sample of text, a summary against n-gram baselines, and the pipeline's
 timeline."""
 
 from __future__ import annotations
@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from megapar.data.baselines import bigram_loss, unigram_loss
 from megapar.mesh import ParallelMesh
@@ -19,9 +17,8 @@ from megapar.training.checkpoint import save_checkpoint
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
-from megapar.training.history import running_mean
 from megapar.training.loop import Trained
-from megapar.training.metrics import read_metrics
+from megapar.training.report_html import write_report
 from megapar.training.sections import steps_of
 
 Baselines = dict[str, float]
@@ -44,9 +41,9 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
         return ""
     baselines = _baselines(trained.examples)
     (out / "sample.txt").write_text(sample, encoding="utf-8")
-    plot_loss(out / "metrics.jsonl", out / "loss.png", baselines)
     summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step, "memory": trained.memory}
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    page, *_ = write_report(out / "metrics.jsonl", out / "report.html")
     lines = [
         "",
         f"held-out loss {trained.held_out_loss:.4f} nats a token over a text of {len(text.held_out) - 1:,} tokens",
@@ -57,7 +54,7 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
         *("   " + line for line in sample.splitlines()),
         "",
         f"model {model}",
-        f"loss curve {out / 'loss.png'}, metrics {out / 'metrics.jsonl'}, sample {out / 'sample.txt'}, config {out / 'config.json'}",
+        f"report {page}, metrics {out / 'metrics.jsonl'}, sample {out / 'sample.txt'}, config {out / 'config.json'}",
         *_timeline_lines(trained),
     ]
     return "\n".join(lines)
@@ -98,25 +95,3 @@ def _timeline_lines(trained: Trained) -> list[str]:
         f"pipeline {out / 'timeline.png'}, {out / 'timeline.json'} (Perfetto): last step {1e3 * timeline.makespan:.0f} ms, "
         f"simulated {1e3 * simulated.makespan:.0f} ms; bubble {timeline.bubble:.0%}, simulated {simulated.bubble:.0%}"
     ]
-
-
-def plot_loss(metrics: Path, picture: Path, baselines: Baselines) -> None:
-    """A PNG of the training loss, its running mean, the held-out loss and the baselines, in nats a token over steps."""
-    records = read_metrics(metrics)
-    trained = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps = [s for s, _ in trained]
-    axes.plot(steps, [loss for _, loss in trained], color="C0", alpha=0.3, linewidth=0.8, label="training, each step")
-    axes.plot(steps, running_mean([loss for _, loss in trained]), color="C0", label="training, running mean")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held out")
-    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
-        axes.axhline(value, color="0.4", linestyle=style, label=f"{name} {value:.2f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)

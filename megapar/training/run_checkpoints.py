@@ -21,6 +21,11 @@ from megapar.training.sections import policy_of
 from megapar.zero.optimizer import ZeroOptimizer
 
 
+def resumes(config: Config) -> bool:
+    """Whether the run goes on from a checkpoint, which holds what would else be drawn."""
+    return config.run.resume != "no" and newest_checkpoint(Path(config.run.out) / "checkpoints") is not None
+
+
 class RunCheckpoints:
     """Under `run.out`, which this run alone may write to. newest: the step of the last one that is on disk.
 

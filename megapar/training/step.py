@@ -38,9 +38,14 @@ class StepResult:
 
 
 def zero(
-    config: OptimizerConfig, mesh: ParallelMesh, parallel: ParallelConfig | None = None, precision: Precision | None = None
+    config: OptimizerConfig,
+    mesh: ParallelMesh,
+    parallel: ParallelConfig | None = None,
+    precision: Precision | None = None,
+    *,
+    load_later: bool = False,
 ) -> Callable[[Sequence[nn.Module]], ZeroOptimizer]:
-    """What `PipelinedDecoder(optimize=)` makes a run's optimizer with."""
+    """What `PipelinedDecoder(optimize=)` makes a run's optimizer with. load_later: no initial weights are drawn."""
     parallel = parallel or ParallelConfig()
     options: dict[str, Any] = {
         "stage": parallel.zero_stage,
@@ -50,6 +55,7 @@ def zero(
         "reduce_every": parallel.reduce_every,
         "reshard_every": parallel.reshard_every,
         "gather_ahead": True,
+        "load_later": load_later,
     }
     return lambda stages: ZeroOptimizer(stages, mesh, **options)
 

@@ -2,12 +2,10 @@
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.training.metrics import MetricsFile, RunProgress, read_metrics
-from megapar.training.report import plot_loss
 
 
 def record(step: int) -> dict[str, float]:
@@ -61,16 +59,3 @@ def test_plain_progress_lines(capsys):
     assert len(lines) == 21  # the first, and one in twenty parts
     assert lines[0] == "step 1/100  loss 2.5000  lr 1.00e-03  grad_norm 0.750  1,234 tokens/s  eta 99 s"
     assert lines[-1].startswith("step 100/100 ")
-
-
-@pytest.mark.parametrize("held_out", [[], [{"step": 2, "held_out_loss": 2.4}]])
-def test_plot_is_a_png_of_some_size(tmp_path, held_out):
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(r) + "\n" for r in [record(1), record(2), *held_out]))
-    picture = tmp_path / "loss.png"
-    plot_loss(metrics, picture, {"unigram": 3.0, "bigram": 2.0})
-    data = picture.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n")
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    assert width > 400
-    assert height > 300
