@@ -32,6 +32,7 @@ NAMES = (
     "silent_errors",
     "gpu_static",
     "build_time",
+    "batch_ramp",
     "convergence",
 )
 PAGE = RESULTS.parent / "RESULTS.md"
