@@ -78,7 +78,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
-    """Learning rate of the last step, below which it never falls."""
+    """Learning rate of the last step."""
     schedule: Annotated[Kinds, tyro.conf.arg(aliases=["--lr-schedule"])] = "cosine"
     """What follows the warm-up. wsd: the peak, and a decay at the end."""
     schedule_unit: Literal["steps", "samples", "tokens"] = "steps"

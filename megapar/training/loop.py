@@ -100,7 +100,8 @@ def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple
     The replicas take turns, and all of them run as many micro-batches: one that has none left takes one without targets.
     """
     found: dict[str, tuple[float, int]] = {}
-    together, dp = step.model.runner.schedule.microbatches, step.mesh.dp
+    # Not as many as a step has, which may change: sums are taken in one order (test_a_batch_that_grows_across_a_stop_...).
+    together, dp = 2 * step.model.runner.schedule.stages, step.mesh.dp
     for name, batches in groupby(examples.held_out(count), key=lambda named: named[0]):
         waiting = iter([batch.to(step.mesh.device) for _, batch in batches])
         while some := list(islice(waiting, together * dp.size)):
@@ -162,7 +163,8 @@ class _Run:
         if error:
             self._recover(Verdict(self.policy.data_error, error), batch_size)
             return False
-        self.model.set_schedule(schedule_of(self.config, batch_size))
+        if self.model.runner.schedule.microbatches != len(batches):
+            self.model.set_schedule(schedule_of(self.config, batch_size))
         self.train_step.accumulate(batches)
         self.checkpoints.saver.before_update()
         verdict: list[Verdict | None] = [None]

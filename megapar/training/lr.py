@@ -152,13 +152,3 @@ def _check_numbers(**numbers: float) -> None:
 def _check_position(position: float) -> None:
     if not (math.isfinite(position) and position > 0):
         raise ValueError(f"position={position} is the end of no update: give where it ends, which is more than 0")
-
-
-def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup: float) -> float:
-    """The rate of update `step` (0 to steps - 1), counted from its start: half a cosine from the peak, which update round(warmup * steps)
-    still gets, to min_lr at the last one."""
-    rising = round(warmup * steps)
-    if step < rising:
-        return lr * (step + 1) / rising
-    progress = (step - rising) / max(1, steps - 1 - rising)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapar.training.lr import RateSchedule, WeightDecaySchedule, learning_rate
+from megapar.training.lr import RateSchedule, WeightDecaySchedule
 
 # 100 steps: 5 of warm-up, wsd decays in the last 20. Peak 1, floor 0.1.
 PARTS = {"peak": 1.0, "total": 100, "floor": 0.1, "warmup": 5}
@@ -167,12 +167,3 @@ def test_weight_decay():
 def test_weight_decay_refusals(parts, words):
     with pytest.raises(ValueError, match=words):
         WeightDecaySchedule(*parts)
-
-
-def test_rate_counted_from_the_start():
-    rates = [learning_rate(i, steps=101, lr=1.0, min_lr=0.1, warmup=0.05) for i in range(101)]
-    # round(0.05 * 101) = 5 rising updates, the fifth of which has the peak; update 5 has it too, then 95 steps of half a cosine.
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 95)))
-    assert rates[100] == pytest.approx(0.1)
-    assert learning_rate(0, steps=1, lr=2e-3, min_lr=1e-4, warmup=0.9) == 2e-3

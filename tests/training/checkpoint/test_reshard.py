@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_in_another_layout_follows_the_one_that_never_stopped
 
 def test_a_batch_that_grows_across_a_stop_and_another_world_takes_each_sample_once(ranks, tmp_path):
     """Steps of 4, 8 and 12 samples, stopped in the middle of the second stage, gone on with by two replicas."""
-    whole = replaced(config_for(tmp_path, 1), "run", batch_size="0:4 8:8 24:12", micro_batch_size=2, steps=7, eval_every=0)
+    whole = replaced(config_for(tmp_path, 1), "run", batch_size="0:4 8:8 24:12", micro_batch_size=2, steps=7, eval_every=3)
     assert run(whole)[:2] == [7, False]
     assert [(r["batch_size"], r["samples"]) for r in metrics_of(whole) if "loss" in r] == [
         (4, 4), (4, 8), (8, 16), (8, 24), (12, 36), (12, 48), (12, 60),
