@@ -33,6 +33,7 @@ NAMES = (
     "gpu_static",
     "build_time",
     "batch_ramp",
+    "checkpoint",
     "convergence",
 )
 PAGE = RESULTS.parent / "RESULTS.md"
