@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.params import ParamSpec, Piece
-from megapar.zero.layout import ALIGNMENT, Entry, Layout, boxes, make_layout, shard_size
+from megapar.zero.layout import ALIGNMENT, Entry, Layout, boxes, make_layout, parts, shard_size
 
 
 @st.composite
@@ -151,3 +151,20 @@ def test_boxes_of_shards_are_few(spec, ranks, data):
             assert len(found) <= 2 * dimensions - 1
     whole = list(boxes(spec, 0, sum(piece.numel for piece in spec.pieces)))
     assert [piece for piece, _ in whole] == [piece for piece in spec.pieces if piece.numel]
+
+
+@given(specs(), st.integers(1, 40))
+def test_parts_tile_a_box_in_order(spec, elements):
+    """They are as few as whole rows allow, and the rows of a box lie together, so that a part is a slice of its memory."""
+    for piece in (piece for piece in spec.pieces if piece.numel):
+        whole = torch.arange(math.prod(piece.shape)).view(piece.shape)
+        local, at = whole[piece.index].reshape(-1), 0
+        found = list(parts(piece, elements))
+        for part, begin in found:
+            assert begin == at
+            assert (part.name, part.shape) == (piece.name, piece.shape)
+            assert torch.equal(whole[part.index].reshape(-1), local[begin : begin + part.numel])
+            at += part.numel
+        assert at == piece.numel
+        row = math.prod(size for size in piece.box if size > 1) // next((size for size in piece.box if size > 1), 1)
+        assert len(found) == (1 if piece.numel <= elements else -(-piece.numel // (row * max(1, elements // row))))

@@ -11,6 +11,7 @@ from megapar import ParallelMesh
 from megapar import grads as gradients
 from megapar.optim.precision import Precision
 from megapar.params import named_specs, seed_of
+from megapar.zero import state as zero_state
 from megapar.zero.optimizer import ZeroOptimizer
 from megapar.zero.setup import AdamW
 from tests.zero.common import decoder, same, weights, wrapped
@@ -193,3 +194,25 @@ def test_seed_rounds(ranks):
     for seed in (None, 6):
         other = assembled(ranks.run(1, first_half, (1, 1, 0), "alone", seed))
         assert not all(torch.equal(other[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_part_of_a_box_is_written_and_the_rest_stays(precision, monkeypatch):
+    """From a strided value of another dtype; masters are joined and split in several goes, and boxes cut."""
+    monkeypatch.setattr(zero_state, "PART", 40)
+    monkeypatch.setattr(zero_state, "AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = optimizer_of((1, 1, 0), precision, None)
+    found = list(optimizer.boxes())
+    assert max(box.piece.numel for box in found) <= 40
+    assert len({(box.kind, box.piece.name) for box in found}) < len(found)
+    for box in found:
+        before = box.read().clone()
+        assert before.dtype == box.dtype
+        assert box.bytes == before.nbytes
+        at = tuple(slice(size // 3, size // 3 + -(-size // 2)) for size in box.piece.box)
+        value = torch.randn(before[at].T.shape if before.dim() == 2 else before[at].shape, generator=generator, dtype=torch.float64)
+        value = value.T if before.dim() == 2 else value
+        box.write(value, at)
+        before[at] = value.to(torch.float32).to(box.dtype)
+        assert torch.equal(box.read(), before), (box.kind, box.piece)

@@ -28,9 +28,8 @@ class Disk:
 
     def make_folder(self, folder: Path) -> None:
         """With its parents; it may be there, another rank makes it too."""
-        if folder.is_dir():
-            return
-        self.make_folder(folder.parent)
+        if not folder.parent.is_dir():
+            self.make_folder(folder.parent)
         with self.step(f"mkdir {folder.name}"):
             folder.mkdir(exist_ok=True)
         self.sync(folder.parent, f"mkdir {folder.name}")

@@ -95,8 +95,7 @@ class Saver:
 
         An earlier save that nobody has committed ends first, and how is returned.
         """
-        begin = time.perf_counter()
-        earlier = self.finish()
+        earlier, begin = self.finish(), time.perf_counter()
         rank, folder = self.mesh.world.rank, self.folder / step_name(step)
         how: dict[str, Any] = {"file_bytes": self.file_bytes, "snapshot": self.asynchronous}
         files = RankFiles(_partial(folder), boxes, rank, self._disk, **how)
@@ -215,23 +214,24 @@ class Job:
 def commit(job: Job, mesh: ParallelMesh, disk: Disk, tidy: Callable[[Path], None]) -> Saved:
     """Makes a checkpoint of what every rank has written, or nothing: the same on all ranks, and it raises nothing of its own. tidy: what
     rank 0 does when it is durable."""
-    with job.stalling():
-        job.join()
-        mine = {"error": _said(job.files.error), "entries": job.files.entries, "files": job.files.files, "stall": job.stall}
-        ranks = gather_json(mine, mesh.world)
-        told: dict[str, Any] = {}
-        if mesh.world.rank == 0:
-            told = _publish(job, ranks, mesh, disk, tidy)
-            told["seconds"] = time.perf_counter() - job.begin
-        told = gather_json(told, mesh.world)[0]
-    stall = max(rank["stall"] for rank in ranks) + told["commit"]
+    entry = time.perf_counter()
+    job.join()
+    mine = {"error": _said(job.files.error), "entries": job.files.entries, "files": job.files.files}
+    ranks = gather_json(mine, mesh.world)
+    ended = time.perf_counter()
+    told: dict[str, Any] = {"stall": job.stall + ended - entry, "seconds": ended - job.begin}
+    if mesh.world.rank == 0:
+        told["saved"], told["error"] = _publish(job, ranks, mesh, disk, tidy)
+        told["publish"] = time.perf_counter() - ended
+    times = gather_json(told, mesh.world)
+    first = times[0]
+    stall, seconds = (max(rank[name] for rank in times) + first["publish"] for name in ("stall", "seconds"))
     size = sum(file["bytes"] for rank in ranks for file in rank["files"].values())
-    return Saved(job.step, job.folder if told["saved"] else None, told["error"], stall, told["seconds"], size)
+    return Saved(job.step, job.folder if first["saved"] else None, first["error"], stall, seconds, size)
 
 
-def _publish(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Disk, tidy: Callable[[Path], None]) -> dict[str, Any]:
-    """What rank 0 does: whether there is a checkpoint now, the sentence on what failed, and the seconds that it took."""
-    begin = time.perf_counter()
+def _publish(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Disk, tidy: Callable[[Path], None]) -> tuple[bool, str]:
+    """What rank 0 does: whether there is a checkpoint now, and the sentence on what failed."""
     errors = [f"rank {rank} could not save {job.folder}: {told['error']}" for rank, told in enumerate(ranks) if told["error"]]
     if not errors:
         failed = _attempt(lambda: _rename(job, ranks, mesh, disk))
@@ -242,7 +242,7 @@ def _publish(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Di
         errors += [f"{job.folder} is saved, but rank 0 failed afterwards: {_said(failed)}"] if failed is not None else []
     else:
         shutil.rmtree(job.files.folder, ignore_errors=True)
-    return {"saved": saved, "error": errors[0] if errors else "", "commit": time.perf_counter() - begin}
+    return saved, errors[0] if errors else ""
 
 
 def _rename(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Disk) -> None:

@@ -40,13 +40,19 @@ def ordered(tensors: Sequence[Told]) -> list[Told]:
     return sorted(tensors, key=lambda told: (ranks.index(told[1]), told[0]))
 
 
-def header(tensors: Sequence[Told]) -> bytes:
+def memory_size(told: Told) -> int:
+    """Bytes of a tensor."""
+    return math.prod(told[2]) * told[1].itemsize
+
+
+def header(tensors: Sequence[Told], metadata: Mapping[str, str] | None = None) -> bytes:
     """What comes before the tensors' bytes, which follow in this order."""
-    entries, at = {}, 0
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
     for key, dtype, shape in tensors:
-        size = math.prod(shape) * dtype.itemsize
-        entries[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        end = at + memory_size((key, dtype, shape))
+        entries[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -192,13 +192,6 @@ def test_what_a_killed_save_left_is_replaced(tmp_path):
     assert not partial.exists()
 
 
-def test_newest_is_by_number_among_complete_ones(tmp_path):
-    assert newest_checkpoint(tmp_path / "none") is None
-    for name in ("step-9", "step-00000010", "step-00000011.tmp", "step-x", "best", "step-", "old-step-00000099"):
-        (tmp_path / name).mkdir()
-    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000010"
-
-
 def fail_to_save(root: Path, where: str, failing: int) -> list[str]:
     """The sentence of this rank for each way in which rank `failing` cannot write."""
     mesh, step = training_at(SMALL, 2)
