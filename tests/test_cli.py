@@ -83,7 +83,7 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("trian c.toml", '"trian" is not a command: use one of train, verify, plan, doctor'),
+        ("trian c.toml", '"trian" is not a command: use one of train, verify, plan, checkpoint, report, doctor'),
         ("train none.toml", "config none.toml is not a file"),
         ("train bad.toml", 'the nearest one is "run.steps"'),
         ("train c.toml --steps 0", "run.steps=0"),
@@ -157,10 +157,12 @@ def test_a_run_leaves_what_it_says(folder, capsys):
     for told in ("corpus c.txt", "step 1/3", "held-out loss", "unigram", "bigram", "sample:", "model o/model"):
         assert told in out
     found = {path.relative_to("o").as_posix() for path in Path("o").rglob("*") if path.is_file()}
+    pictures = {name for name in found if name.startswith("report-") and name.endswith(".png")}
+    assert {"report-loss.png", "report-loss-tokens.png", "report-lr.png", "report-checkpoint-stalls.png"} <= pictures
     checkpoint = {f"checkpoints/step-0000000{n}/{name}" for n in (2, 3) for name in ("manifest.json", "rank-00000-00000.safetensors")}
     model = {f"model/{name}" for name in ("manifest.json", "rank-00000-00000.safetensors", "tokenizer.json")}
     checkpoint |= {"checkpoints/latest", "lock"}
-    assert found == {"config.json", "report.html", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model
+    assert found == {"config.json", "report.html", "metrics.jsonl", "sample.txt", "summary.json"} | checkpoint | model | pictures
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["held_out_loss"] == read_metrics(Path("o/metrics.jsonl"))[-1]["held_out_loss"]
@@ -191,3 +193,23 @@ def test_ranks_under_torchrun_refuse_in_the_same_words(folder):
     assert len(told) == 2
     assert all(line == f"megapar: rank {i}: {told[0].split(': ', 2)[2]}" for i, line in enumerate(told))
     assert "corpus none.txt does not exist" in told[0]
+
+
+def test_a_report_of_a_run_that_goes_on_is_made_from_its_metrics(folder, capsys):
+    Path("r").mkdir()
+    assert main(["report", "r"]) == 2
+    assert "r holds no metrics.jsonl: give the folder of a run" in capsys.readouterr().err
+    Path("r/metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens": 8}\n{"step": 2, "lo')
+    assert main(["report", "r"]) == 0
+    assert "r/report.html, r/report-loss.png" in capsys.readouterr().out
+    assert "<html" in Path("r/report.html").read_text()
+
+
+def test_checkpoints_are_inspected_and_verified(folder, capsys):
+    assert main(["train", "c.toml", "--out", "o", "--save-every", "2"]) == 0
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", "o/checkpoints/step-00000002"]) == 0
+    assert main(["checkpoint", "inspect", "o/checkpoints/step-00000002"]) == 0
+    assert "blocks.0.attention.q.weight" in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", "o"]) == 2
+    assert capsys.readouterr().err.startswith("megapar: o")

@@ -175,7 +175,9 @@ class _Run:
 
         flags = [float(bool(interrupted)), self.checkpoints.saver.ended]
         result = self.train_step.update(lr, flags, weight_decay=weight_decay, judge=judge)
-        rates = {"lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "samples": state.samples + batch_size}
+        rates = {"lr": lr, "batch_size": batch_size, "samples": state.samples + batch_size}
+        if self.config.optimizer.weight_decay_end is not None:
+            rates["weight_decay"] = weight_decay
         self._log(result, rates, time.perf_counter() - start, verdict[0])
         stop, ended = result.flags
         self.journal.saved(self.checkpoints.commit_if(ended == self.mesh.world.size), state.step + 1)
