@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +14,15 @@ from megapar import ParallelMesh
 from megapar.models.decoder import Decoder
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.pipeline.kinds import make_schedule
-from megapar.training.checkpoint.folder import newest_checkpoint
+from megapar.training.checkpoint.disk import Disk
+from megapar.training.checkpoint.folder import lock, newest_checkpoint
 from megapar.training.config import Config, RecomputeConfig
 from megapar.training.examples import Examples
 from megapar.training.layout import check_layout
 from megapar.training.loop import evaluate, train
 from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text
-from tests.training.common import config_for, corpus, metrics_of, replaced, run, weights_of
+from tests.training.common import config_for, corpus, events_of, metrics_of, replaced, run, weights_of
 
 
 def run_or_refuse(configs: list[Config]) -> str:
@@ -252,3 +255,72 @@ def test_no_step_is_taken_twice_by_a_newest_checkpoint_of_a_stopped_save(ranks, 
     assert newest_checkpoint(tmp_path / "out" / "checkpoints").name == "step-00000003"
     assert run(replaced(config, "run", resume="yes"))[:2] == [6, False]
     assert [r["step"] for r in metrics_of(config) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def full_disk(config: Config, bad_step: int) -> list[Any]:
+    """Trains while the disk is full for the last rank's file of one checkpoint."""
+    mesh_rank = int(os.environ.get("RANK", "0"))
+    real = Disk.write
+
+    def write(self: Disk, path: Path, parts: Any) -> None:
+        if f"step-{bad_step:08d}" in str(path) and mesh_rank == 1:
+            raise OSError(28, "No space left on device")
+        real(self, path, parts)
+
+    Disk.write = write  # type: ignore[method-assign]
+    try:
+        return run(config)
+    finally:
+        Disk.write = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_training_goes_on_when_the_disk_is_full_and_says_so(ranks, whole_runs, tmp_path, asynchronous):
+    config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"), async_save=asynchronous)
+    assert all(result[:2] == [6, False] for result in ranks.run(2, full_disk, config, 4))
+    saves = {saved["step"]: saved["error"] for saved in events_of(config, "checkpoint")}
+    assert [step for step, error in saves.items() if not error] == [2, 6]
+    assert saves[4].startswith("rank 1 could not save") and "No space left on device" in saves[4]
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000006"]
+    assert weights_of(config, 6) == weights_of(whole_runs[2], 6)
+
+
+def test_a_last_checkpoint_that_could_not_be_written_is_not_called_saved(ranks, whole_runs, tmp_path):
+    config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"))
+    assert all(result[:2] == [6, False] for result in ranks.run(2, full_disk, config, 6))
+    assert [saved["step"] for saved in events_of(config, "checkpoint") if saved["error"]] == [6]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_on_all_ranks(ranks, whole_runs, tmp_path):
+    config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"))
+    with lock(tmp_path / "out"):
+        first, second = ranks.run(2, run_or_refuse, [config])
+    assert first == second and f"another run writes to {tmp_path / 'out'}" in first
+    assert ranks.run(2, run, config)[0][:2] == [6, False], "and it is free again when that run has ended"
+
+
+def test_tensorboard_has_what_the_metrics_have(whole_runs, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replaced(whole_runs[1], "run", out=str(tmp_path / "out"), tensorboard=True)
+    run(config)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    losses = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert losses == [(record["step"], record["loss"]) for record in metrics_of(config) if "loss" in record]
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_goes_on_where_there_is(whole_runs, tmp_path):
+    config = replaced(whole_runs[1], "run", out=str(tmp_path / "out"), resume="auto")
+    assert run(config, 3, "interrupt") == [3, True, None]
+    assert run(config)[:2] == [6, False]
+    assert metrics_of(config) == metrics_of(whole_runs[1]) and weights_of(config, 6) == weights_of(whole_runs[1], 6)
+    assert [event["from"] for event in events_of(config, "resumed")] == [3]
+
+
+@pytest.mark.parametrize(("change", "told"), [("optimizer.lrr", "which is no key of the config"), ("optimizer.eps", "must keep it")])
+def test_only_what_change_names_may_change(whole_runs, change, told):
+    other = replaced(replaced(whole_runs[1], "run", resume="yes", change=change), "optimizer", lr=0.5)
+    message = run_or_refuse([other])
+    assert told in message
+    assert "lrr" in change or "or be told --change optimizer.lr" in message
