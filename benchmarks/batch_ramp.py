@@ -4,7 +4,7 @@
 
 A Llama-style decoder on the sources of Python's standard library, the same samples in the same order in every run, one process, fp32. The
 learning rate follows one schedule in samples: warm-up, then a cosine, times the root of batch size over LARGE. Columns: steps; mean
-training loss over each quarter of the tokens, and the held-out loss at the end, nats a token; training time. Bars: a ramp-up takes at most
+training loss over each quarter of the tokens, and the held-out loss at the end, nats a token. Bars: a ramp-up takes at most
 half of the steps of the small batch, and its held-out loss is at most half as far above the small batch's as the large batch's is. The
 picture is results/batch_ramp.png.
 """
@@ -39,7 +39,6 @@ class Curve:
     """A run. trained: of every step, (samples consumed after it, batch size, mean loss); held_out: (samples, loss)."""
 
     steps: int
-    seconds: float
     trained: list[tuple[int, int, float]]
     held_out: list[tuple[int, float]]
 
@@ -75,7 +74,6 @@ def curve(metrics: Path) -> Curve:
     samples = {r["step"]: r["samples"] for r in steps}
     return Curve(
         len(steps),
-        sum(r["seconds"] for r in steps),
         [(r["samples"], r["batch_size"], r["loss"]) for r in steps],
         [(samples[r["step"]], r["held_out_loss"]) for r in records if "held_out_loss" in r],
     )
@@ -125,7 +123,7 @@ def plot(found: dict[str, Curve], path: Path) -> None:
 
 def rows(found: dict[str, Curve]) -> list[list[str]]:
     return [
-        [name, f"{run.steps}", *(f"{loss:.3f}" for loss in quarters(run)), f"{run.held_out[-1][1]:.4f}", f"{run.seconds:.0f}"]
+        [name, f"{run.steps}", *(f"{loss:.3f}" for loss in quarters(run)), f"{run.held_out[-1][1]:.4f}"]
         for name, run in found.items()
     ]
 
@@ -141,7 +139,7 @@ def main() -> None:
             out = Path(folder) / f"{number}"
             train(config_of(options, asked.samples, out), ParallelMesh.alone())
             found[name] = curve(out / "metrics.jsonl")
-    columns = ["batch", "steps", *(f"quarter {i + 1}" for i in range(QUARTERS)), "held out", "seconds"]
+    columns = ["batch", "steps", *(f"quarter {i + 1}" for i in range(QUARTERS)), "held out"]
     grid = Grid(f"loss over {asked.samples * SEQUENCE:,} tokens", columns, rows(found))
     if not asked.no_write:
         RESULTS.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
         megapar train configs/demo.toml --nproc auto
         megapar train configs/demo.toml --nproc auto --corpus my_text/ --out runs/mine --save-every 100
         megapar train configs/demo.toml --nproc auto --out runs/mine --save-every 100 --resume auto --max-restarts 3
-        torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --tp 1 --pp 4 --chunks 1 --microbatches 8
+        torchrun --nproc-per-node 4 -m megapar train configs/demo.toml --dp 1 --pp 4 --chunks 1
 
   megapar verify [module:build] [--tp N] [--sequence-parallel] [--dp N --zero STAGE --precision KIND]
                  [--pp N --chunks N --microbatches N --schedule KIND]
