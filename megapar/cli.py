@@ -110,8 +110,11 @@ def _train(arguments: list[str]) -> int:
         ranks = ranks_wanted(known.nproc, ranks_of(config), config.parallel.device)
         config = with_dp(config, ranks)
         check_layout(config, ranks)
-        if known.max_restarts and config.run.resume != "auto":
-            raise ValueError(f"--max-restarts {known.max_restarts} needs --resume auto, or each start would begin anew: give it")
+        if known.max_restarts < 0:
+            raise ValueError(f"--max-restarts {known.max_restarts} must be 0 or more: 0 starts nothing again")
+        if known.max_restarts and (config.run.resume != "auto" or not config.run.save_every):
+            needed = "--resume auto and --save-every, or each start would begin anew"
+            raise ValueError(f"--max-restarts {known.max_restarts} needs {needed}: give both")
         if ranks > 1 or known.max_restarts:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.
             text = load_text(config.data)

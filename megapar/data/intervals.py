@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 Interval = tuple[int, int]
 
 
-def parse_intervals(text: str) -> tuple[Interval, ...]:
+def parse_intervals(text: str, what: str = "the interval") -> tuple[Interval, ...]:
     """`1200:1600 9000:9008` to [1200, 1600) and [9000, 9008). Raises ValueError for what is none."""
     found = []
     for word in text.split():
         start, colon, stop = word.partition(":")
         if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-            raise ValueError(f'"{word}" must be two sample numbers, the first below the second: such as 1200:1600')
+            raise ValueError(f'{what} "{word}" must be two sample numbers, the first below the second: such as 1200:1600')
         found.append((int(start), int(stop)))
     return joined(found)
 

@@ -124,15 +124,6 @@ class BatchSchedule:
         first_step, first_sample, size = next(run for run in reversed(self.runs) if run.first_sample <= samples)
         return first_step + (samples - first_sample) // size
 
-    def step_of(self, consumed: int) -> int:
-        """How many steps consumed exactly so many samples. Raises ValueError if a step straddles that number."""
-        steps = self.steps(consumed)
-        before, after = self.samples_after(steps), self.samples_after(steps + 1)
-        if before != consumed:
-            told = f"{consumed} samples end no step of batch size {self}, whose steps around there end at {before} and {after}"
-            raise ValueError(f"{told}: give the batch sizes that they were consumed with")
-        return steps
-
     def check(self, dp: int, micro_batch_size: int, for_count: Callable[[int], object] | None = None) -> None:
         """Raises ValueError unless every stage, reached or not, is whole micro-batches on every replica. for_count: is called with each
         stage's number of micro-batches a replica, and may raise ValueError: for a pipeline schedule."""

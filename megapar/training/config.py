@@ -195,6 +195,8 @@ class RecoveryConfig:
     """rollback: and of so many after it."""
     max_rollbacks: int = 3
     """The run stops instead of rolling back once more."""
+    max_skips: int = 10
+    """The run stops instead of skipping one step more in a row."""
 
 
 @dataclass(frozen=True)

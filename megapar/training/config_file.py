@@ -122,12 +122,24 @@ def check(config: Config) -> None:
     rates_of(config)
     precision_of(config.precision)
     recompute_of(config).check(config.model.layers, parallel.tp, parallel.sequence_parallel)
-    parse_intervals(config.data.skip)
-    if policy_of(config).rolls_back and not run.save_every:
-        raise ValueError("recovery rolls back to checkpoints and run.save_every=0 writes none: give --save-every")
+    parse_intervals(config.data.skip, "data.skip")
+    _check_rollbacks(config)
     if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
         lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
         raise ValueError(f"{lengths}: raise the latter")
+
+
+def _check_rollbacks(config: Config) -> None:
+    policy, run = policy_of(config), config.run
+    if not policy.rolls_back:
+        return
+    if not run.save_every:
+        raise ValueError("recovery rolls back to checkpoints and run.save_every=0 writes none: give --save-every")
+    # The newest may be one step old, or still be on its way to the disk.
+    needed = 2 + -(-policy.back // run.save_every)
+    if 0 < run.keep_last < needed:
+        why = f"recovery.back={policy.back} may need checkpoints that run.keep_last={run.keep_last} removes"
+        raise ValueError(f"{why}: keep {needed}, or all")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -135,7 +147,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError(f"optimizer.betas={optimizer.betas} must lie in [0, 1): 0.9 and 0.95 are the defaults")
     for name in ("min_lr", "eps", "weight_decay", "weight_decay_end", "z_loss"):
         value = getattr(optimizer, name)
-        if value is not None and not value >= 0:
-            raise ValueError(f"optimizer.{name}={value} must be 0 or more: raise it")
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{name}={value} must be 0 or more and finite: change it")
     if optimizer.min_lr > optimizer.lr:
         raise ValueError(f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}: lower it")

@@ -35,11 +35,21 @@ def ranks_wanted(asked: str, needed: int, device: str) -> int:
 def launch(arguments: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
     """Runs `python -m megapar *arguments` in `ranks` processes under torchrun's environment; the exit status.
 
-    max_restarts: how often all of them are started again when one has failed.
+    max_restarts: how often all of them are started again when one died or failed; not when the run was interrupted, or has refused what
+    it would refuse again.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     # The agent's own account of a failure is a page long; ours is below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for start in range(max_restarts + 1):
+        status = _run(arguments, ranks)
+        if status in (0, REFUSED, INTERRUPTED) or start == max_restarts:
+            break
+        print(f"megapar: starting all ranks again, for the {start + 1}. of at most {max_restarts} times", file=sys.stderr)
+    return status
+
+
+def _run(arguments: Sequence[str], ranks: int) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -47,7 +57,7 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
+        max_restarts=0,
         monitor_interval=0.1,
     )
     try:

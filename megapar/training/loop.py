@@ -14,7 +14,7 @@ import torch
 
 from megapar.batch import TokenBatch
 from megapar.collectives import check_same, gather_json
-from megapar.failures import named_failures
+from megapar.failures import named_failures, together
 from megapar.mesh import ParallelMesh
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.objectives.causal_lm import IGNORED
@@ -42,6 +42,7 @@ from megapar.training.sections import (
 )
 from megapar.training.step import StepResult, TrainStep, zero
 from megapar.training.text import load_text_together
+from megapar.transport import host_device, start_all_reduce
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         run = _Run(config, mesh, examples, TrainStep(model, mesh, config.optimizer.z_loss), peak)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
     # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
-    with _interrupts() as interrupted, named_failures(mesh):
+    with _interrupts() as interrupted, together(mesh, "training"):
         return run.go(interrupted)
 
 
@@ -122,13 +123,18 @@ class _Run:
         self.watch = Watch(self.policy)
         self.out = Path(config.run.out)
         self.checkpoints = RunCheckpoints(config, mesh, examples, step.optimizer, self.watch)
-        self.state, changed = self.checkpoints.resume()
-        self.journal = Journal(config, mesh, self.steps, self.state.step)
+        try:
+            begin = time.perf_counter()
+            self.state, changed = self.checkpoints.resume()
+            self.journal = Journal(config, mesh, self.steps, self.state)
+        except BaseException:
+            self.checkpoints.close()
+            raise
         parameters = sum(p.numel() for p in self.model.grads.params)
         self.journal.say(examples.text.description)
         self.journal.say(f"{mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
         if self.state.step:
-            self.journal.resumed(self.state.step, changed)
+            self.journal.resumed(self.state.step, changed, time.perf_counter() - begin)
 
     def go(self, interrupted: list[bool]) -> Trained:
         run, stopped, saved, loss = self.config.run, False, False, None
@@ -159,47 +165,48 @@ class _Run:
         state, start = self.state, time.perf_counter()
         batch_size = self.rates.batches.batch_at(state.samples)
         lr, weight_decay = self.rates.at(state.updates, state.applied_samples, batch_size)
-        batches, error = self._batches(batch_size)
+        batches, error, stop = self._batches(batch_size, interrupted)
         if error:
             self._recover(Verdict(self.policy.data_error, error), batch_size)
-            return False
+            return stop
         if self.model.runner.schedule.microbatches != len(batches):
             self.model.set_schedule(schedule_of(self.config, batch_size))
         self.train_step.accumulate(batches)
         self.checkpoints.saver.before_update()
-        verdict: list[Verdict | None] = [None]
+        verdict: Verdict | None = None
 
         def judge(loss: float, grad_norm: float) -> bool:
-            verdict[0] = self.watch.judge(loss, grad_norm, self.train_step.optimizer.precision.dynamic is not None)
-            return verdict[0] is None
+            nonlocal verdict
+            verdict = self.watch.judge(loss, grad_norm, self.train_step.optimizer.precision.dynamic is not None)
+            return verdict is None
 
         flags = [float(bool(interrupted)), self.checkpoints.saver.ended]
         result = self.train_step.update(lr, flags, weight_decay=weight_decay, judge=judge)
         rates = {"lr": lr, "batch_size": batch_size, "samples": state.samples + batch_size}
         if self.config.optimizer.weight_decay_end is not None:
             rates["weight_decay"] = weight_decay
-        self._log(result, rates, time.perf_counter() - start, verdict[0])
-        stop, ended = result.flags
+        self._log(result, rates, time.perf_counter() - start, verdict)
+        stops, ended = result.flags
         self.journal.saved(self.checkpoints.commit_if(ended == self.mesh.world.size), state.step + 1)
-        if verdict[0] is None:
-            state.advance(batch_size, not result.skipped)
+        if verdict is None:
+            state.advance(batch_size, applied=not result.skipped)
         else:
-            self._recover(verdict[0], batch_size)
-        return stop > 0
+            self._recover(verdict, batch_size)
+        return stops > 0
 
-    def _batches(self, batch_size: int) -> tuple[list[TokenBatch], str]:
-        """This replica's micro-batches of the next step; or, the same on every rank, why one rank has none."""
-        first, dp, error = self.state.samples, self.mesh.dp, ""
+    def _batches(self, batch_size: int, interrupted: list[bool]) -> tuple[list[TokenBatch], str, bool]:
+        """This replica's micro-batches of the next step; and the same on every rank: why one rank has none, whether one was interrupted."""
+        first, dp, world, error = self.state.samples, self.mesh.dp, self.mesh.world, ""
         starts, batches = range(first + dp.rank * self.size, first + batch_size, dp.size * self.size), []
         try:
             batches = [self.examples.batch(start, self.size).to(self.mesh.device) for start in starts]
         except (ValueError, OSError, IndexError) as caught:
-            if self.policy.data_error == "stop":
-                raise
-            error = f"rank {self.mesh.world.rank} has no samples: {type(caught).__name__}: {caught}"
-        if self.policy.data_error != "stop":
-            error = next((told for told in gather_json(error, self.mesh.world) if told), "")
-        return batches, error
+            error = f"rank {world.rank} has no samples: {type(caught).__name__}: {caught}"
+        flags = torch.tensor([float(bool(error)), float(bool(interrupted))], device=host_device(world))
+        failed, stops = (start_all_reduce(flags, world).wait() if world.size > 1 else flags).tolist()
+        if failed:
+            error = next(told for told in gather_json(error, world) if told)
+        return batches, error, stops > 0
 
     def _log(self, result: StepResult, rates: dict[str, float], seconds: float, verdict: Verdict | None) -> None:
         record: Record = {"step": self.state.step + 1, "loss": result.loss, "grad_norm": result.grad_norm, **rates, "tokens": result.tokens}
@@ -212,19 +219,20 @@ class _Run:
 
     def _recover(self, verdict: Verdict, batch_size: int) -> None:
         """Does what recovery decided about the step that has just been tried."""
-        state = self.state
-        event = Event(state.step + 1, verdict.action, verdict.reason, self.examples.numbers(state.samples, batch_size))
-        if verdict.action != "skip":
+        state, action, reason = self.state, verdict.action, verdict.reason
+        if action == "skip" and state.skipped >= self.policy.max_skips:
+            action, reason = "stop", f"{reason}, and the {state.skipped} steps before it were skipped"
+        event = Event(state.step + 1, action, reason, self.examples.numbers(state.samples, batch_size))
+        if action != "skip":
             self.journal.saved(self.checkpoints.finish(), state.step)
-        if verdict.action == "rollback":
-            self.state, event = self.checkpoints.roll_back(state, verdict.reason, batch_size)
+        if action == "rollback":
+            self.state, event = self.checkpoints.roll_back(state, reason, batch_size)
         self.journal.recovery(event)
         if event.action == "stop":
             first, stop = event.samples
             raise ValueError(f"step {event.step}, samples {first} to {stop - 1}: {event.reason}: lower optimizer.lr, or see [recovery]")
         if event.action == "skip":
-            state.skips.append(event)
-            state.advance(batch_size, applied=False)
+            state.advance(batch_size, applied=False, rejected=True)
 
     def _evaluates(self) -> bool:
         every = self.config.run.eval_every

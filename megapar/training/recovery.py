@@ -30,11 +30,12 @@ class Policy:
     skip_before: int = 0
     skip_after: int = 0
     max_rollbacks: int = 3
+    max_skips: int = 10
 
     def __post_init__(self) -> None:
         if self.window < 2:
             raise ValueError(f"recovery.window={self.window} must be 2 or more steps: 128 is the default")
-        for name in ("back", "skip_before", "skip_after", "max_rollbacks"):
+        for name in ("back", "skip_before", "skip_after", "max_rollbacks", "max_skips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recovery.{name}={getattr(self, name)} must be 0 or more: raise it")
         if self.sigma is not None and not 0 < self.sigma < math.inf:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megapar.data.intervals import Remaining, joined, parse_intervals
 from megapar.training.checkpoint.disk import Disk
-from megapar.training.checkpoint.folder import PARTIAL, checkpoints, remove_checkpoints
+from megapar.training.checkpoint.folder import PARTIAL, checkpoints, point_latest, remove_checkpoints, step_of
 from megapar.training.checkpoint.manifest import read_manifest
 from megapar.training.recovery import Event, is_valid
+from megapar.training.run_state import RunState
 
 FREE_TO_CHANGE = {
     "run": {"resume", "out", "eval_every", "save_every", "async_save", "keep_last", "keep_every", "change", "tensorboard"}
@@ -20,7 +22,9 @@ FREE_TO_CHANGE = {
     "precision": {"master"},
     "recompute": {"mode", "blocks", "shard_saved_input"},
     "recovery": {"preset", "non_finite", "spike", "data_error", "window", "sigma", "factor", "back", "skip_before", "skip_after"}
-    | {"max_rollbacks"},
+    | {"max_rollbacks", "max_skips"},
+    # What is in them is compared.
+    "data": {"corpus", "tokenizer"},
 }
 """What may differ between a run and the one that it resumes: how it is computed and told, not what."""
 
@@ -39,7 +43,7 @@ def read_rollbacks(folder: Path) -> list[Event]:
 
 
 def write_rollbacks(folder: Path, events: Sequence[Event]) -> None:
-    """Durable on return. Written before anything else of a rollback: one that is cut short is completed by `remove_abandoned`."""
+    """Durable on return. Written before any checkpoint is removed: a rollback that is cut short is completed by `remove_abandoned`."""
     disk, partial = Disk(), folder / (ROLLBACKS + PARTIAL)
     partial.unlink(missing_ok=True)
     disk.write(partial, [json.dumps([event.to_dict() for event in events], indent=2).encode()])
@@ -48,15 +52,41 @@ def write_rollbacks(folder: Path, events: Sequence[Event]) -> None:
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
-    """Removes the checkpoints of lines that the run rolled back from; which they were."""
-    rollbacks = read_rollbacks(folder)
-    abandoned = []
-    for path in checkpoints(folder) if rollbacks else ():
+    """Removes the checkpoints of lines that the run rolled back from; which they were. `latest` then names the newest that stays."""
+    rollbacks, disk = read_rollbacks(folder), Disk()
+    lowest = min((event.to_step for event in rollbacks if event.to_step is not None), default=None)
+    abandoned: list[Path] = []
+    staying: list[Path] = []
+    for path in checkpoints(folder):
+        if lowest is None or step_of(path) <= lowest:
+            staying.append(path)
+            continue
         state = read_manifest(path)["state"]
-        if not is_valid(int(state["step"]), len(state["run"]["rollbacks"]), rollbacks):
-            abandoned.append(path)
-    remove_checkpoints(abandoned, Disk())
+        valid = is_valid(int(state["step"]), len(state["run"]["rollbacks"]), rollbacks)
+        (staying if valid else abandoned).append(path)
+    if abandoned and staying:
+        point_latest(staying[-1], disk)
+    remove_checkpoints(abandoned, disk)
     return abandoned
+
+
+def forget_rollbacks(folder: Path) -> None:
+    """For a run that begins: those in its folder are of a run whose checkpoints were removed."""
+    if (folder / ROLLBACKS).exists():
+        (folder / ROLLBACKS).unlink()
+        Disk().sync(folder, "rollbacks")
+
+
+def check_skips(then: str, now: str, state: RunState, where: Path) -> None:
+    """Raises ValueError where data.skip leaves out otherwise than it did what lies among the samples that were used."""
+    remaining = Remaining((*parse_intervals(then), *(event.samples for event in state.rollbacks)))
+    last = remaining.number(state.samples - 1) if state.samples else -1
+
+    def up_to_last(text: str) -> tuple[tuple[int, int], ...]:
+        return joined((start, min(stop, last + 1)) for start, stop in parse_intervals(text) if start <= last)
+
+    if up_to_last(then) != up_to_last(now):
+        raise ValueError(f'data.skip is "{now}" and was "{then}" in {where}, which used the samples up to {last}: change only later ones')
 
 
 def accept(state: Mapping[str, Any], here: Mapping[str, Any], change: str, where: Path) -> dict[str, list[Any]]:

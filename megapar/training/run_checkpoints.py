@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megapar.collectives import check_same, gather_json, raise_together
 from megapar.mesh import ParallelMesh
-from megapar.training.checkpoint.folder import checkpoints, lock, newest_checkpoint
+from megapar.training.checkpoint.folder import checkpoints, lock, newest_checkpoint, step_of
 from megapar.training.checkpoint.load import load_checkpoint
 from megapar.training.checkpoint.save import Saved, Saver
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
 from megapar.training.recovery import Event, Watch
-from megapar.training.resume import accept, read_rollbacks, remove_abandoned, write_rollbacks
+from megapar.training.resume import accept, check_skips, forget_rollbacks, read_rollbacks, remove_abandoned, write_rollbacks
 from megapar.training.run_state import RunState
 from megapar.training.sections import policy_of
 from megapar.zero.optimizer import ZeroOptimizer
@@ -24,6 +25,15 @@ from megapar.zero.optimizer import ZeroOptimizer
 def resumes(config: Config) -> bool:
     """Whether the run goes on from a checkpoint, which holds what would else be drawn."""
     return config.run.resume != "no" and newest_checkpoint(Path(config.run.out) / "checkpoints") is not None
+
+
+def attempt(work: Callable[[], Any]) -> Exception | None:
+    """What keeps this rank from it: the others have to hear of it."""
+    try:
+        work()
+    except (OSError, ValueError) as error:
+        return error
+    return None
 
 
 class RunCheckpoints:
@@ -55,13 +65,8 @@ class RunCheckpoints:
     def resume(self) -> tuple[RunState, dict[str, list[Any]]]:
         """Where the run begins, and what of its config changed since. Raises ValueError for a folder that run.resume does not expect."""
         asked = self.config.run.resume
-        error: Exception | None = None
-        if self.mesh.world.rank == 0 and asked != "no":
-            try:
-                remove_abandoned(self.folder)
-            except (ValueError, OSError) as caught:
-                error = caught
-        raise_together(error, self.mesh.world)
+        tidies = self.mesh.world.rank == 0 and asked != "no"
+        raise_together(attempt(lambda: remove_abandoned(self.folder)) if tidies else None, self.mesh.world)
         folder = newest_checkpoint(self.folder)
         check_same(None if folder is None else folder.name, self.mesh.world, "the newest checkpoint")
         if folder is not None and asked == "no":
@@ -69,20 +74,24 @@ class RunCheckpoints:
         if folder is None and asked == "yes":
             raise ValueError(f"{self.folder} holds no checkpoint to resume from: give --resume auto or no, or check run.out")
         if folder is None:
+            raise_together(attempt(lambda: forget_rollbacks(self.folder)) if self.mesh.world.rank == 0 else None, self.mesh.world)
             return RunState(), {}
-        state, changed = self._load(folder)
-        state.rollbacks = max(state.rollbacks, read_rollbacks(self.folder), key=len)
-        self._leave_out(state)
-        return state, changed
-
-    def _load(self, folder: Path) -> tuple[RunState, dict[str, list[Any]]]:
         changed: dict[str, list[Any]] = {}
         here, change = self._told(), self.config.run.change
-        told = load_checkpoint(folder, self.optimizer.boxes(), self.mesh, lambda state: changed.update(accept(state, here, change, folder)))
+        state = self._load(folder, lambda told: changed.update(accept(told, here, change, folder)))
+        state.rollbacks = max(state.rollbacks, read_rollbacks(self.folder), key=len)
+        self._leave_out(state)
+        if "data.skip" in changed:
+            then, now = changed["data.skip"]
+            check_skips(then, now, state, folder)
+        return state, changed
+
+    def _load(self, folder: Path, check: Callable[[dict[str, Any]], None] = lambda told: None) -> RunState:
+        told = load_checkpoint(folder, self.optimizer.boxes(), self.mesh, check)
         self.optimizer.set_progress(told["progress"])
         self.optimizer.loaded()
         self.newest = int(told["step"])
-        return RunState.from_dict(told["run"], self.watch), changed
+        return RunState.from_dict(told["run"], self.watch)
 
     def _told(self) -> dict[str, Any]:
         """What a checkpoint says of the run that wrote it."""
@@ -131,22 +140,29 @@ class RunCheckpoints:
         stop = Event(bad, "stop", reason, self.examples.numbers(state.samples, batch_size))
         if len(state.rollbacks) >= policy.max_rollbacks:
             return state, replace(stop, reason=f"{reason}, and the run rolled back {policy.max_rollbacks} times already")
-        there = [path for path in checkpoints(self.folder) if int(path.name.removeprefix("step-")) <= bad - max(policy.back, 1)]
-        name = gather_json(there[-1].name if there else None, self.mesh.world)[0]
-        if name is None:
-            return state, replace(stop, reason=f"{reason}, and there is no checkpoint from before to roll back to")
-        loaded, _ = self._load(self.folder / name)
+        loaded, why = self._load_before(bad - max(policy.back, 1))
+        if loaded is None:
+            return state, replace(stop, reason=f"{reason}, and there is no checkpoint from before to roll back to{why}")
         first = max(loaded.samples, state.samples - policy.skip_before * batch_size)
         stop_at = state.samples + (1 + policy.skip_after) * batch_size
         event = Event(bad, "rollback", reason, self.examples.numbers(first, stop_at - first), loaded.step)
         loaded.rollbacks = [*state.rollbacks, event]
-        error: Exception | None = None
-        if self.mesh.world.rank == 0:
-            try:
-                write_rollbacks(self.folder, loaded.rollbacks)
-                remove_abandoned(self.folder)
-            except (OSError, ValueError) as caught:
-                error = caught
+        error = attempt(lambda: self._leave_line(loaded.rollbacks)) if self.mesh.world.rank == 0 else None
         raise_together(error, self.mesh.world)
         self._leave_out(loaded)
         return loaded, event
+
+    def _load_before(self, last: int) -> tuple[RunState | None, str]:
+        """The newest checkpoint of step `last` or earlier that is whole; what is wrong with those that are not."""
+        names = [path.name for path in reversed(checkpoints(self.folder)) if step_of(path) <= last]
+        why = ""
+        for name in gather_json(names, self.mesh.world)[0]:
+            try:
+                return self._load(self.folder / name), why
+            except ValueError as error:  # the same on every rank
+                why = f"{why}; {error}"
+        return None, why
+
+    def _leave_line(self, rollbacks: list[Event]) -> None:
+        write_rollbacks(self.folder, rollbacks)
+        remove_abandoned(self.folder)

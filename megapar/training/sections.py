@@ -44,11 +44,14 @@ def ranks_of(config: Config) -> int:
 def batches_of(config: Config) -> BatchSchedule:
     """The batch size over the run. Raises ValueError for a text that is none."""
     run, length = config.run, config.data.sequence_length
-    if not run.rampup:
-        return BatchSchedule.parse(run.batch_size, length)
-    if isinstance(run.batch_size, str):
+    if run.rampup and isinstance(run.batch_size, str):
         raise ValueError(f'run.rampup="{run.rampup}" ends at run.batch_size, which is "{run.batch_size}": make that a number')
-    return BatchSchedule.ramp(run.rampup, run.batch_size, length)
+    try:
+        if run.rampup:
+            return BatchSchedule.ramp(run.rampup, int(run.batch_size), length)
+        return BatchSchedule.parse(run.batch_size, length)
+    except ValueError as error:
+        raise ValueError(f"{'run.rampup' if run.rampup else 'run.batch_size'}: {error}") from error
 
 
 def steps_of(config: Config) -> int:
@@ -59,8 +62,12 @@ def steps_of(config: Config) -> int:
     if unit not in ("samples", "tokens"):
         raise ValueError(f'run.length="{config.run.length}" must be an amount of samples or tokens: such as "10M samples"')
     samples = parse_amount(amount)
-    samples = samples if unit == "samples" else -(-samples // config.data.sequence_length)
-    return batches_of(config).steps(samples)
+    samples = samples if unit == "samples" else samples // config.data.sequence_length
+    batches = batches_of(config)
+    if not (steps := batches.steps(samples)):
+        told = f'run.length="{config.run.length}" is {samples} samples and a step takes {batches.batch_at(0)}'
+        raise ValueError(f"{told}: make it longer")
+    return steps
 
 
 def micro_batch_size(config: Config) -> int:
@@ -84,16 +91,25 @@ def micro_batch_size(config: Config) -> int:
 
 def schedule_of(config: Config, batch_size: int) -> Schedule:
     """The pipeline schedule of a step of so many samples. Raises ValueError where the config's parts do not go together."""
+    return _schedule(config, batch_size // (replicas(config) * micro_batch_size(config)))
+
+
+def _schedule(config: Config, microbatches: int) -> Schedule:
     parallel = config.parallel
     kind = None if parallel.schedule == "auto" else parallel.schedule
-    return make_schedule(kind, parallel.pp, parallel.chunks, batch_size // (replicas(config) * micro_batch_size(config)))
+    return make_schedule(kind, parallel.pp, parallel.chunks, microbatches)
+
+
+MOST_STAGES = 1000
 
 
 def check_batches(config: Config) -> None:
     """Raises ValueError for the first stage of the batch's growth that micro-batches, replicas or the pipeline cannot have."""
     size, batches = micro_batch_size(config), batches_of(config)
+    if len(batches.stages) > MOST_STAGES:
+        raise ValueError(f"the batch has {len(batches.stages)} sizes, and {MOST_STAGES} are the most: take a larger increment")
     if len(batches.stages) > 1:
-        batches.check(replicas(config), size, lambda count: schedule_of(config, count * replicas(config) * size))
+        batches.check(replicas(config), size, lambda count: _schedule(config, count))
 
 
 # Rates

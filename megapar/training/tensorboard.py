@@ -10,16 +10,22 @@ from megapar.training.metrics import Record
 class TensorBoardSink:
     """Writes every number of a record as a scalar at the record's step; those of nested objects as `checkpoint/stall`.
 
-    Raises ValueError where TensorBoard is not installed.
+    step: where the run goes on from; TensorBoard forgets what it was told of later ones. Raises ValueError where it is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int = 0) -> None:
         try:
             # Here: importing this module must not need it, nor take its second.
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(f"TensorBoard is not installed ({error}): pip install 'megapar[tensorboard]', or leave it out") from error
-        self._writer = SummaryWriter(str(folder))
+        self._folder, self._make = str(folder), SummaryWriter
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1 if step else None)
+
+    def go_back(self, step: int) -> None:
+        """Forgets the steps after it, which will be told again."""
+        self._writer.close()
+        self._writer = self._make(self._folder, purge_step=step + 1)
 
     def log(self, record: Record) -> None:
         for name, value in scalars(record).items():

@@ -169,13 +169,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.grads.finish()
             told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
+            if told.device.type == "cpu" and not float(rest[0]) > 0:
+                raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
             if accept is not None and not accept(found := foreseen(told, self.loss_scale)):
                 self.gathers.release()
                 self.zero_grad()
                 self._skipped += 1
                 return found
-            if told.device.type == "cpu" and not float(rest[0]) > 0:
-                raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
             betas = [group["betas"] for group in self.param_groups]
             how: dict[str, Any] = {"max_norm": self.options.max_norm, "scaling": self.precision.dynamic}
             self._scale_before.copy_(self.loss_scale)

@@ -33,7 +33,6 @@ def test_steps_take_every_sample_once(schedule):
     consumed = 0
     for step in range(60):
         assert schedule.samples_after(step) == consumed
-        assert schedule.step_of(consumed) == step
         assert schedule.batch_at(consumed) == batch_at(schedule, consumed)
         consumed += batch_at(schedule, consumed)
 
@@ -187,14 +186,9 @@ def test_every_stage_has_a_pipeline_schedule():
         BatchSchedule.parse("0:8 100:24").check(2, 2, make)
 
 
-def test_what_no_step_starts_at():
-    with pytest.raises(ValueError, match="100 samples end no step of batch size 0:64 1000:128, whose steps around there end at 64 and 128"):
-        BatchSchedule.parse("0:64 1000:128").step_of(100)
-
-
 def test_negative_counts():
     schedule = BatchSchedule.parse(16)
-    for ask in (schedule.batch_at, schedule.steps, schedule.step_of, schedule.samples_after):
+    for ask in (schedule.batch_at, schedule.steps, schedule.samples_after):
         with pytest.raises(ValueError, match=r"-1 (samples|steps) is negative"):
             ask(-1)
 

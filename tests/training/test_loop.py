@@ -180,7 +180,8 @@ def test_resuming_another_run_is_refused_by_key_and_values(whole_runs, section, 
 
 def test_resuming_on_another_corpus_is_refused(whole_runs, tmp_path):
     config = replaced(whole_runs[1], "run", resume="yes")
-    assert "data.corpus is" in run_or_refuse([replaced(config, "data", corpus=corpus(tmp_path))])
+    other = replaced(replaced(config, "data", corpus=corpus(tmp_path, seed=1)), "run", out=config.run.out)
+    assert run_or_refuse([other]).startswith("corpus is ")
     path = Path(config.data.corpus)
     text = path.read_text()
     path.write_text(text + " more")

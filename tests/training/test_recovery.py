@@ -108,6 +108,6 @@ def test_a_checkpoint_is_valid_while_no_later_rollback_went_behind_it():
 def test_a_state_comes_back_from_plain_data():
     watch = watched(Policy())
     event = Event(7, "rollback", "why", (96, 104), 5)
-    state = RunState(9, 72, 8, 64, [Event(3, "skip", "because", (16, 24))], [event])
+    state = RunState(9, 72, 8, 64, 2, [event])
     again = Watch(Policy())
     assert RunState.from_dict(state.to_dict(watch), again) == state and again.history == watch.history

@@ -1,6 +1,8 @@
 """Runs in which a step goes wrong: what recovery makes of them is bitwise the run whose data never had the bad samples."""
 
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import pytest
 import torch
 
 from megapar import ParallelMesh
+from megapar.training import resume
+from megapar.training.checkpoint.folder import remove_checkpoints
+from megapar.training.checkpoint.manifest import read_manifest
 from megapar.training.config import Config
 from megapar.training.examples import Examples
 from megapar.training.loop import train
 from megapar.training.metrics import read_metrics
+from megapar.training.run_checkpoints import RunCheckpoints
 from megapar.training.step import TrainStep
 from tests.training.common import config_for, events_of, metrics_of, replaced, weights_of
 
@@ -102,14 +108,15 @@ def test_a_skipped_step_leaves_what_the_run_without_these_samples_has(ranks, tmp
         assert weights_of(config, step + 1) == weights_of(clean, step) != {}
 
 
-@pytest.mark.parametrize(("poison", "words"), [(NAN, "the loss is nan"), (SPIKE, "times the median"), (UNREADABLE, "")])
+UNREADABLE_WORDS = "rank 1 has no samples: OSError: [Errno 5] Input/output error"
+
+
+@pytest.mark.parametrize(("poison", "words"), [(NAN, "the loss is nan"), (SPIKE, "times the median"), (UNREADABLE, UNREADABLE_WORDS)])
 def test_stop_is_the_same_sentence_on_all_ranks_when_only_one_saw_it(ranks, tmp_path, poison, words):
-    config = small(tmp_path, {"dp": 2}, spike="stop", data_error="rollback", max_rollbacks=0)
+    config = small(tmp_path, {"dp": 2}, spike="stop")
     first, second = ranks.run(2, run, config, poison)
     assert first == second
     assert first.startswith("step 4, samples 12 to 15: ") and words in first
-    if poison == UNREADABLE:
-        assert "rank 1 has no samples: OSError: [Errno 5] Input/output error, and the run rolled back 0 times already" in first
     assert weights_of(config, 3) != {} and weights_of(config, 4) == {}
     assert events_of(config, "recovery")[0]["action"] == "stop"
 
@@ -171,3 +178,135 @@ def test_metrics_keep_the_line_that_was_left(tmp_path):
     assert before == [1, 2, 3, 4, 3, 4, 5, 6, 7]
     assert run(replaced(config, "run", resume="yes")) == ""
     assert [r["step"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in r] == before
+
+
+def poisoned_from(config: Config, step: int, interrupt_at: int = 0) -> Any:
+    """Trains; samples cannot be read from `step` on. What it ends with, or how it was refused."""
+    os.environ["XDG_CACHE_HOME"] = str(Path(config.data.corpus).parent / "cache")
+    real, asked = Examples.batch, []
+
+    def batch(self: Examples, first: int, count: int) -> Any:
+        if first >= 4 * (step - 1):
+            asked.append(first)
+            if len(asked) == interrupt_at:
+                signal.raise_signal(signal.SIGTERM)
+            raise OSError(5, "Input/output error")
+        return real(self, first, count)
+
+    Examples.batch = batch  # type: ignore[method-assign]
+    try:
+        trained = train(config, ParallelMesh.alone())
+        return trained.step, trained.interrupted
+    except ValueError as error:
+        return str(error)
+    finally:
+        Examples.batch = real  # type: ignore[method-assign]
+
+
+def test_steps_skipped_in_a_row_are_bounded(tmp_path):
+    config = small(tmp_path, {}, data_error="skip", max_skips=2)
+    assert "Input/output error, and the 2 steps before it were skipped" in poisoned_from(config, 3)
+    assert [event["action"] for event in events_of(config, "recovery")] == ["skip", "skip", "stop"]
+
+
+def test_a_run_can_be_stopped_while_its_data_is_bad(tmp_path):
+    config = small(tmp_path, {}, data_error="skip", max_skips=100)
+    assert poisoned_from(config, 3, interrupt_at=2) == (4, True)
+    assert weights_of(config, 4) == weights_of(config, 2) != {}
+
+
+def test_a_rollback_behind_a_change_that_was_asked_for(tmp_path):
+    """The checkpoint that is gone back to has the config from before the change; the run has been told what holds now."""
+    config = small(tmp_path, {}, non_finite="rollback", back=2)
+    assert run(replaced(replaced(config, "recovery", non_finite="stop"), "run", steps=7), NAN).startswith("step 4")
+    changed = replaced(replaced(config, "optimizer", lr=5e-4), "run", resume="yes", change="optimizer.lr")
+    assert run(changed, NAN) == ""
+    (*_, event) = events_of(config, "recovery")
+    assert (event["action"], event["to_step"]) == ("rollback", 2)
+
+
+def test_a_rollback_goes_past_checkpoints_that_are_damaged(tmp_path):
+    config = small(tmp_path, {}, non_finite="stop")
+    assert run(config, NAN).startswith("step 4")
+    file = next((tmp_path / "out" / "checkpoints" / "step-00000002").glob("*.safetensors"))
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    assert run(replaced(replaced(config, "run", resume="yes"), "recovery", non_finite="rollback", back=2), NAN) == ""
+    assert events_of(config, "recovery")[-1]["to_step"] == 1
+
+
+@pytest.mark.parametrize("killed", ["before anything is removed", "while checkpoints are removed"])
+def test_a_rollback_that_is_cut_short_is_completed_by_the_next_start(tmp_path, monkeypatch, killed):
+    """The same weights, and metrics that tell of it, as if it had not been."""
+    config = small(tmp_path, {}, non_finite="rollback", back=3)
+    assert run(config, NAN) == ""
+    again = replaced(config, "run", out=str(tmp_path / "again"))
+
+    def cut(gone: list[Path], disk: Any) -> None:
+        if killed.startswith("while"):
+            remove_checkpoints(gone[-1:], disk)
+        raise OSError(4, "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "remove_checkpoints", cut)
+        with pytest.raises(OSError, match="killed"):
+            run(again, NAN)
+    assert run(replaced(again, "run", resume="yes"), NAN) == ""
+    for step in range(1, 8):
+        assert weights_of(again, step) == weights_of(config, step) != {}
+    assert [event["samples"] for event in events_of(again, "recovery")] == [[12, 16]]
+    assert told(again) == told(config)
+    assert (tmp_path / "again" / "checkpoints" / "latest").read_text() == "step-00000007\n"
+
+
+def test_latest_names_a_checkpoint_that_is_there_after_a_rollback(tmp_path, monkeypatch):
+    config = small(tmp_path, {}, non_finite="rollback", back=2)
+    seen = []
+    real = RunCheckpoints.roll_back
+
+    def roll_back(self: RunCheckpoints, *rest: Any) -> Any:
+        found = real(self, *rest)
+        seen.append((self.folder / "latest").read_text().strip())
+        assert (self.folder / seen[-1]).is_dir()
+        return found
+
+    monkeypatch.setattr(RunCheckpoints, "roll_back", roll_back)
+    assert run(config, NAN) == ""
+    assert seen == ["step-00000002"]
+
+
+def test_rollbacks_of_a_run_that_is_no_more_are_forgotten(tmp_path):
+    config = small(tmp_path, {}, non_finite="rollback", back=2)
+    assert run(config, NAN) == ""
+    for folder in (tmp_path / "out" / "checkpoints").glob("step-*"):
+        shutil.rmtree(folder)
+    assert run(replaced(config, "run", resume="auto")) == ""
+    plain = replaced(config, "run", out=str(tmp_path / "plain"))
+    assert run(plain) == ""
+    assert weights_of(config, 7) == weights_of(plain, 7)
+    assert not (tmp_path / "out" / "checkpoints" / "rollbacks.json").exists()
+
+
+def progress_of(config: Config, step: int) -> dict[str, Any]:
+    return read_manifest(Path(config.run.out) / "checkpoints" / f"step-{step:08d}")["state"]["progress"]
+
+
+def test_several_rollbacks_and_stops_in_fp16_at_stage_3_are_the_run_without_these_samples(ranks, tmp_path):
+    """The loss scale, which grows every second step, goes back too."""
+    config = small(tmp_path, {"dp": 2, "zero_stage": 3}, non_finite="rollback", back=1, skip_after=1)
+    config = replaced(config, "precision", kind="fp16", init_scale=8.0, growth_interval=2)
+    assert ranks.run(2, run, replaced(config, "run", steps=7), NAN) == ["", ""]
+    assert ranks.run(2, run, replaced(config, "run", resume="yes")) == ["", ""]
+    clean = replaced(replaced(config, "data", skip="12:20"), "run", out=str(tmp_path / "clean"))
+    assert ranks.run(2, run, clean) == ["", ""]
+    for step in range(1, 8):
+        assert weights_of(config, step) == weights_of(clean, step) != {}
+        assert progress_of(config, step) == progress_of(clean, step)
+    assert progress_of(config, 7)["loss_scale"] == 64.0
+
+
+def test_data_skip_may_change_behind_what_was_used_only(tmp_path):
+    config = small(tmp_path, {})
+    assert run(replaced(config, "run", steps=3)) == ""
+    on = replaced(config, "run", resume="yes", steps=5, change="data.skip run.steps")
+    assert 'which used the samples up to 11: change only later ones' in run(replaced(on, "data", skip="0:4"))
+    assert run(replaced(on, "data", skip="12:16")) == ""
