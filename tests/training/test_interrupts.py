@@ -113,7 +113,7 @@ def test_a_run_to_its_end(jobs):
     out = (job.folder / "stdout").read_text()
     assert out.count("held-out loss") == 2, "said once while it runs and once at the end, by one rank"
     assert f"model {job.out / 'model'}" in out
-    assert {path.name for path in (job.out / "model").glob("*.safetensors")} == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    assert {path.name for path in (job.out / "model").glob("*.safetensors")} == {f"rank-0000{rank}-00000.safetensors" for rank in (0, 1)}
     trace = json.loads((job.out / "timeline.json").read_text())["traceEvents"]
     computed = {event["name"] for event in trace if event["ph"] == "X"}
     assert computed == {f"{stage}{kind}{m}" for stage in (0, 1) for kind in "FB" for m in (0, 1)}
