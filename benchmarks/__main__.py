@@ -29,6 +29,7 @@ NAMES = (
     "tensor_parallel",
     "pipeline",
     "zero",
+    "checkpoint",
     "silent_errors",
     "gpu_static",
     "build_time",

@@ -53,7 +53,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(ranks, whole_runs, 
     if accident == "interrupt":
         assert ranks.run(tp, run, config, at, accident) == [[at, True, None]] * tp
     else:
-        assert ranks.errors(tp, run, config, at, accident) == ["something else broke"] * tp
+        assert all("something else broke" in error for error in ranks.errors(tp, run, config, at, accident))
         with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
             file.write('{"step": 4, "lo')
     resumed = replaced(config, "run", resume="yes", sample_tokens=3)

@@ -1,18 +1,23 @@
-"""Loading: each rank reads the files that hold something of its own, one at a time, and copies what its boxes have in common with theirs.
+"""Loading: each rank reads the files that hold something of its own, FILES_AT_ONCE, and copies what its boxes have in common with theirs.
 
-The bytes that are hashed are the bytes that are used. Beside its shard a rank needs room for one file and one box.
+The bytes that are hashed are the bytes that are used. Beside its shard a rank needs room for so many files and boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+
+from torch import Tensor
 
 from megapar.collectives import raise_together
 from megapar.mesh import ParallelMesh
 from megapar.training.checkpoint.manifest import Entry, by_tensor, problem, read_manifest
 from megapar.training.checkpoint.tensor_file import read_tensors
+from megapar.training.checkpoint.write import FILES_AT_ONCE
 from megapar.zero.state import StateBox
 
 
@@ -39,15 +44,33 @@ def _read(folder: Path, boxes: list[StateBox], accept: Callable[[dict[str, Any]]
     manifest = read_manifest(folder)
     accept(manifest["state"])
     parts = _parts(folder, boxes, by_tensor(manifest))
-    buffer = bytearray(max((manifest["files"][name]["bytes"] for name in parts), default=0))
-    for name, wanted in parts.items():
-        tensors = read_tensors(folder / name, manifest["files"][name], buffer)
-        for entry, box, target, source in wanted:
-            values = tensors.get(entry["key"])
-            if values is None or list(values.shape) != [b - a for a, b in zip(entry["start"], entry["stop"], strict=True)]:
-                raise ValueError(f"{folder / name} has no {entry['key']} of the manifest's shape: use another checkpoint")
-            box.write(values[source], target)
+    largest = max((manifest["files"][name]["bytes"] for name in parts), default=0)
+    buffers: SimpleQueue[bytearray] = SimpleQueue()
+    for _ in range(min(FILES_AT_ONCE, len(parts))):
+        buffers.put(bytearray(largest))
+
+    def copy(name: str) -> None:
+        buffer = buffers.get()
+        try:
+            _copy(folder / name, read_tensors(folder / name, manifest["files"][name], buffer), parts[name])
+        finally:
+            buffers.put(buffer)
+
+    pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="checkpoint")
+    try:
+        for _ in pool.map(copy, parts):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
     return dict(manifest["state"])
+
+
+def _copy(path: Path, tensors: dict[str, Tensor], parts: list[Part]) -> None:
+    for entry, box, target, source in parts:
+        values = tensors.get(entry["key"])
+        if values is None or list(values.shape) != [b - a for a, b in zip(entry["start"], entry["stop"], strict=True)]:
+            raise ValueError(f"{path} has no {entry['key']} of the manifest's shape: use another checkpoint")
+        box.write(values[source], target)
 
 
 Part = tuple[Entry, StateBox, tuple[slice, ...], tuple[slice, ...]]

@@ -23,7 +23,7 @@ from megapar.zero.state import StateBox
 
 FILE_BYTES = 64 << 20
 FILES_AT_ONCE = 2
-"""One is hashed while another is on its way to the disk."""
+"""One is hashed while another is on its way to the disk, or from it."""
 
 
 Held = list[tuple[StateBox, Tensor]]
