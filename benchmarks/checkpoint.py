@@ -94,7 +94,7 @@ class Bench:
         tokens = torch.randint(0, self.sizes.vocab, (1, self.sizes.s + 1), generator=generator)
         self.train.accumulate([TokenBatch.of(tokens[:, :-1], tokens[:, 1:].contiguous())])
         before_update()
-        self.train.update(1e-5, stop=False)
+        self.train.update(1e-5)
 
     def tensors(self) -> dict[str, Tensor]:
         """What this rank owns, by names of its own."""

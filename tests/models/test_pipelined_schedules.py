@@ -74,7 +74,7 @@ def changing(mesh: ParallelMesh, kinds: list[str | None], chunks: int, options: 
         for index, count in enumerate(counts):
             train.model.set_schedule(next(schedules))
             train.accumulate([data.pop(0) for _ in range(count)], last=index == len(counts) - 1)
-        norms.append(train.update(0.01, stop=False).grad_norm)
+        norms.append(train.update(0.01).grad_norm)
     return read(train, norms)
 
 
@@ -85,7 +85,7 @@ def one_by_one(mesh: ParallelMesh, chunks: int, options: dict[str, Any]) -> dict
         data = batches(mesh.dp.rank, step, sum(counts))
         for index, batch in enumerate(data):
             train.accumulate([batch], last=index == len(data) - 1)
-        norms.append(train.update(0.01, stop=False).grad_norm)
+        norms.append(train.update(0.01).grad_norm)
     return read(train, norms)
 
 
@@ -142,7 +142,7 @@ def overlapped() -> None:
         for step, count in enumerate((3, 5, 2)):
             train.model.set_schedule(make_schedule(None, 2, 2, count))
             train.accumulate(batches(mesh.dp.rank, step, count))
-            train.update(0.01, stop=False)
+            train.update(0.01)
     assert found == [False] * buckets + [True] * 2 * buckets
 
 

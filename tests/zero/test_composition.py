@@ -82,7 +82,7 @@ def trained(case: Case, mesh: ParallelMesh, **options: Any) -> tuple[StepResult,
     told = []
     for step, lr in ((0, 0.0), (0, 1e-2), (1, 1e-2)):
         train.accumulate(batches(mesh.dp.rank, step))
-        told.append(train.update(lr, stop=False))
+        told.append(train.update(lr))
     assert told[0] == told[1] and len(captured) == 3, case
     assert all(a.name == b.name and np.array_equal(x, y) for (a, x), (b, y) in zip(*captured[:2], strict=True)), case
     return told[0], captured[0], state(train)
@@ -187,7 +187,7 @@ def reductions(kind: str, chunks: int) -> None:
     for step in range(2):
         started.clear()
         train.accumulate(batches(mesh.dp.rank, step))
-        train.update(1e-2, stop=False)
+        train.update(1e-2)
         assert len(started) == MICRO_BATCHES * len(grads.layout.buckets), "each as often as there are windows"
         assert started.count("early") == step * len(started)
 

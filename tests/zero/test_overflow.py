@@ -46,7 +46,7 @@ def skips() -> list[list[tuple[bool, float]]]:
             if step == OVERFLOWS and [mesh.tp.rank, mesh.pp.rank, mesh.dp.rank] == culprit:
                 overflow(train.optimizer.grads)
             train.accumulate(batches(mesh.dp.rank, step))
-            result = train.update(1e-2, stop=False)
+            result = train.update(1e-2)
             told.append((result.skipped, result.loss_scale))
             states.append(state(train))
         for step in range(1, 4):

@@ -36,7 +36,7 @@ CHAINS: dict[str, list[Case]] = {
 def advance(train: TrainStep, steps: range) -> None:
     for step in steps:
         train.accumulate(batches(train.mesh.dp.rank, step))
-        train.update(1e-2, stop=False)
+        train.update(1e-2)
 
 
 def save(train: TrainStep, folder: Path) -> None:
