@@ -185,7 +185,9 @@ class Bench:
             load_checkpoint(folder / "step-00000001", self.train.optimizer.boxes(), self.mesh)
         else:
             dcp.load(self.tensors(), storage_reader=dcp.FileSystemReader(folder))
-        return agreed(time.perf_counter() - begin)
+        seconds = agreed(time.perf_counter() - begin)
+        self.train.optimizer.loaded()
+        return seconds
 
     def remove(self, folder: Path) -> None:
         dist.barrier()

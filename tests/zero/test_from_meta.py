@@ -96,7 +96,7 @@ def pipelined(mesh: ParallelMesh, stage: int, name: str, drawn_before: bool) -> 
     for step in range(3):
         batches = [micro_batch(mesh.dp.rank, step, m) for m in range(2)]
         train.accumulate([TokenBatch.of(tokens[:, :-1], tokens[:, 1:]) for tokens in batches])
-        train.update(1e-2, False)
+        train.update(1e-2)
     yield held(train.optimizer)
 
 
