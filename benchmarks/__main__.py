@@ -31,6 +31,7 @@ NAMES = (
     "zero",
     "silent_errors",
     "gpu_static",
+    "prepare",
     "build_time",
     "convergence",
 )
