@@ -25,7 +25,7 @@ from megapar.data.indexed import smallest_dtype
 from megapar.data.partial import PartialCorpus, Progress, Settings
 from megapar.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer, check_bpe_size, read_tokenizer, train_bpe
 
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 18, 4096
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 4096
 IN_FLIGHT = 3
 
 
