@@ -32,6 +32,7 @@ NAMES = (
     "checkpoint",
     "silent_errors",
     "gpu_static",
+    "prepare",
     "build_time",
     "batch_ramp",
     "checkpoint",

@@ -27,11 +27,33 @@ DTYPES: dict[int, np.dtype] = {
 """The format's codes. It has two for floats, which are no tokens."""
 LONGEST_SEQUENCE = 2**31 - 1
 WIDE_VOCABULARY = 65500
+BLOCK = 1 << 20
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """uint16 or int32, by Megatron's rule: uint16 below 65500 ids."""
     return np.dtype("<u2") if vocab_size < WIDE_VOCABULARY else np.dtype("<i4")
+
+
+def write_index(file: BinaryIO, dtype: np.dtype, lengths: NDArray[np.int32], documents: NDArray[np.int64] | None = None) -> None:
+    """Writes an .idx. lengths: int32 [n], of each sequence. documents: the first sequence of each, and n; none: each sequence is one.
+
+    In blocks: the lengths of a corpus that is larger than memory may be a mapped file.
+    """
+    count = len(lengths) + 1 if documents is None else len(documents)
+    file.write(HEADER.pack(MAGIC, 1, _code(dtype), len(lengths), count))
+    blocks = [lengths[start : start + BLOCK] for start in range(0, len(lengths), BLOCK)]
+    for block in blocks:
+        file.write(block.astype("<i4").tobytes())
+    first = 0
+    for block in blocks:
+        ends = first + np.cumsum(block, dtype=np.int64)
+        file.write(((ends - block) * dtype.itemsize).astype("<i8").tobytes())
+        first = ends[-1]
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        part = np.arange(start, stop) if documents is None else documents[start:stop]
+        file.write(part.astype("<i8").tobytes())
 
 
 class IndexedWriter:
@@ -44,13 +66,10 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: DTypeLike, vocab_size: int | None = None) -> None:
         self.paths = _paths(prefix)
         self.dtype, self.vocab_size = np.dtype(dtype).newbyteorder("<"), vocab_size
-        codes = [code for code, known in DTYPES.items() if known == self.dtype]
-        if not codes:
-            raise ValueError(f"dtype {self.dtype} is none of {', '.join(str(d) for d in DTYPES.values())}: use uint16 or int32")
+        _code(self.dtype)
         for path in self.paths:
             if path.exists():
                 raise ValueError(f"{path} exists, and a corpus is not overwritten: remove it or choose another name")
-        self._code = codes[0]
         self._lengths, self._documents = array("i"), array("q", [0])
         unique = uuid.uuid4().hex
         self._temporary = [path.with_name(f".{path.name}.{unique}") for path in self.paths]
@@ -88,14 +107,10 @@ class IndexedWriter:
             return
         try:
             lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
-            first = np.cumsum(lengths, dtype=np.int64) - lengths
             with open(self._temporary[1], "xb") as index:
-                index.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(self._documents)))
-                index.write(lengths.astype("<i4").tobytes())
-                index.write((first * self.dtype.itemsize).astype("<i8").tobytes())
-                index.write(np.frombuffer(self._documents, np.int64).astype("<i8").tobytes())
-                _sync(index)
-            _sync(self._bin)
+                write_index(index, self.dtype, lengths, np.frombuffer(self._documents, np.int64))
+                sync(index)
+            sync(self._bin)
             self._bin.close()
             for temporary, path in zip(self._temporary, self.paths, strict=True):
                 os.replace(temporary, path)
@@ -216,6 +231,14 @@ def _paths(prefix: str | Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
-def _sync(file: BinaryIO) -> None:
+def _code(dtype: np.dtype) -> int:
+    for code, known in DTYPES.items():
+        if known == dtype:
+            return code
+    raise ValueError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES.values())}: use uint16 or int32")
+
+
+def sync(file: BinaryIO) -> None:
+    """Has the disk hold all that was written to the file."""
     file.flush()
     os.fsync(file.fileno())

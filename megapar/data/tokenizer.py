@@ -59,12 +59,16 @@ class Tokenizer(ABC):
         ids: list[int] = self._encode_batch([text])[0].tolist()
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Return the ids of each text, without end of text; a subword tokenizer uses all cores."""
+        return self._encode_batch(texts)
+
     def encode_documents(self, documents: Sequence[str]) -> NDArray[np.int32]:
         """Return the ids of all documents as int32 `[tokens]`, each document followed by `end_of_text`."""
         end = np.array([self.end_of_text], dtype=np.int32)
         parts = [np.empty(0, dtype=np.int32)]
         for start in range(0, len(documents), _DOCUMENTS_PER_BATCH):
-            for ids in self._encode_batch(documents[start : start + _DOCUMENTS_PER_BATCH]):
+            for ids in self.encode_batch(documents[start : start + _DOCUMENTS_PER_BATCH]):
                 parts += [ids, end]
         return np.concatenate(parts)
 
@@ -172,14 +176,10 @@ def load_tokenizer(spec: str, corpus: Corpus, vocab_size: int = 4096, cache_dir:
         return CharacterTokenizer(set().union(*corpus.documents))
     if spec != "bpe":
         return read_tokenizer(Path(spec))
-    if vocab_size < _NUM_BYTES + 1:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, byte-level BPE needs 257 (256 bytes and end of text): raise it to 257 or more"
-        )
+    check_bpe_size(vocab_size)
     path = _cache_path(cache_dir, "bpe", ".json", {"corpus": corpus.sha256, "vocab_size": vocab_size})
     if not path.exists():
-        model = _train_bpe(corpus, vocab_size)
-        _write_atomically(path, lambda file: file.write(model.to_str().encode()))
+        train_bpe(corpus.documents, vocab_size, path)
     # Read back even when just trained, so that the first run uses what every later run will.
     return _parse_tokenizer(path, name="bpe")
 
@@ -226,7 +226,17 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None = None
     return cached
 
 
-def _train_bpe(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
+def check_bpe_size(vocab_size: int) -> None:
+    """Raises ValueError for a vocabulary that byte-level BPE cannot have."""
+    if vocab_size < _NUM_BYTES + 1:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, byte-level BPE needs 257 (256 bytes and end of text): raise it to 257 or more"
+        )
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Writes a byte-level BPE of at most `vocab_size` ids, trained on `documents`, which may be a stream; memory grows with their words."""
+    check_bpe_size(vocab_size)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -237,8 +247,8 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
         special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    model.train_from_iterator(corpus.documents, trainer)
-    return model
+    model.train_from_iterator(documents, trainer)
+    _write_atomically(path, lambda file: file.write(model.to_str().encode()))
 
 
 def _parse_tokenizer(path: Path, name: str) -> Tokenizer:

@@ -20,7 +20,7 @@ class DataConfig:
     """Where the text comes from."""
 
     corpus: Annotated[str, tyro.conf.arg(aliases=["--corpus"])] = "stdlib"
-    """`stdlib` (the sources of Python's standard library), or a file, folder or .jsonl of text, .gz too."""
+    """`stdlib` (Python's sources), a file, folder or .jsonl of text, or what `megapar prepare` made: `NAME`, `0.7:NAME 0.3:OTHER`."""
     max_bytes: int | None = None
     """Use only so much of the corpus."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=["--tokenizer"])] = "bpe"
@@ -30,7 +30,9 @@ class DataConfig:
     sequence_length: int = 256
     """Tokens in a sample (s)."""
     held_out: float = 0.05
-    """The share at the end of the tokens that is only evaluated on."""
+    """The share at the end of the tokens, of a prepared corpus the documents, that is only evaluated on."""
+    held_out_tokens: int = 1_000_000
+    """Prepared corpora: no more than so many of them."""
     skip: str = ""
     """Samples that are left out, as the report of a run names them: `1200:1600 9000:9008`."""
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 import numpy as np
 
 from megapar.batch import TokenBatch
+from megapar.data.blend import Blend
 from megapar.data.intervals import Interval, Remaining, parse_intervals
 from megapar.data.sampler import Sampler
 from megapar.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from megapar.objectives.sample import IGNORED, Ids, Objective, Sample, collate
 from megapar.objectives.spans import SpanNoise
 from megapar.objectives.ul2 import UL2, ul2_denoisers, ul2r_denoisers
 from megapar.training.config import Config, ObjectiveConfig
-from megapar.training.text import Text
+from megapar.training.text import Text, check_ids
 
 COUNTED = 2000
 """Training samples whose targets the unigram baseline counts."""
@@ -40,7 +41,9 @@ class Examples:
         self.text, self.seed, self.sequence_length = text, config.run.seed, config.data.sequence_length
         self.objective, self.vocab_size = make_objective(config.objective, self.sequence_length, text.tokenizer)
         self.kind = config.objective.kind
-        self._sampler = Sampler(text.train, self.objective.tokens_needed - 1, self.seed)
+        self._corpus, stride = config.data.corpus, self.objective.tokens_needed - 1
+        self._samplers = [Sampler(tokens, stride, self.seed) for _, tokens in text.parts]
+        self._blend = Blend(tuple(weight for weight, _ in text.parts))
         self._always = parse_intervals(config.data.skip)
         self.remaining = Remaining(self._always)
 
@@ -59,8 +62,21 @@ class Examples:
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """Samples with the numbers first to first + count - 1."""
-        windows, per_epoch = self._sampler.batch(first, count), self._sampler.samples_per_epoch
-        return [self._sample(window, *divmod(number, per_epoch)) for number, window in enumerate(windows, start=first)]
+        found: list[Sample | None] = [None] * count
+        corpora, numbers = self._blend.draw(first, count)
+        for corpus, sampler in enumerate(self._samplers):
+            places = np.flatnonzero(corpora == corpus)
+            if not len(places):
+                continue
+            # A corpus's samples come in order, so those of a few numbers in a row are a few in a row of the corpus.
+            start = int(numbers[places[0]])
+            windows = sampler.batch(start, len(places))
+            check_ids(windows, self.text.tokenizer, self._corpus)
+            # Alone, a corpus needs no number.
+            which = (corpus,) if len(self._samplers) > 1 else ()
+            for place, number, window in zip(places, range(start, start + len(places)), windows, strict=True):
+                found[place] = self._sample(window, *which, *divmod(number, sampler.samples_per_epoch))
+        return [sample for sample in found if sample is not None]
 
     def held_out(self, count: int) -> Iterator[tuple[str, TokenBatch]]:
         """Batches of at most `count` samples that cover the held-out text once, each of one objective, whose name is given."""
@@ -80,7 +96,7 @@ class Examples:
     def unigram_loss(self) -> float:
         """Mean nats of the held-out targets under the add-one unigram of the first training samples' targets."""
         counts = np.ones(self.vocab_size)
-        for sample in self.samples(0, min(COUNTED, self._sampler.samples_per_epoch)):
+        for sample in self.samples(0, min(COUNTED, sum(sampler.samples_per_epoch for sampler in self._samplers))):
             counts += np.bincount(_targets(sample), minlength=self.vocab_size)
         held_out = np.concatenate([_targets(sample) for samples in self.held_out_samples().values() for sample in samples])
         return float(-np.log(counts / counts.sum())[held_out].mean())

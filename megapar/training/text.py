@@ -1,7 +1,8 @@
-"""From a corpus to tokens: a tokenizer, the training text, the held-out text."""
+"""From a corpus to tokens: a tokenizer, the training text, the held-out text; tokenized now, or before by `megapar prepare`."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,27 +10,40 @@ import numpy as np
 
 from megapar.collectives import check_same, raise_together
 from megapar.data.corpus import load_corpus
+from megapar.data.prepared import PreparedCorpus, open_corpus, parse_corpora, tokenizer_of
 from megapar.data.sampler import split_held_out
 from megapar.data.tokenizer import Tokenizer, load_tokenizer, tokenize
 from megapar.mesh import ParallelMesh
 from megapar.training.config import DataConfig
 
 LONGEST_PREPARATION = timedelta(hours=6)
+COUNTED_TOKENS = 20_000_000
+"""Of prepared corpora, for the models that count."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenized corpus. `train` and `held_out` are int32 ids; `description` says in a line what it is."""
+    """A tokenized corpus, or a blend. `held_out` are ids; `description` says in a line what it is.
+
+    train: the training ids, for a prepared corpus a part of them: what the models that count are trained on. parts: all of them, each
+    corpus's weight and ids, which may be a mapped file.
+    """
 
     tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
     description: str
     corpus_sha256: str
+    parts: tuple[tuple[float, np.ndarray], ...]
 
 
 def load_text(config: DataConfig) -> Text:
-    """Loads, tokenizes and splits the corpus. Raises ValueError for whatever is wrong with it."""
+    """Loads, tokenizes and splits the corpus, or maps prepared ones. Raises ValueError for whatever is wrong with it."""
+    prepared = parse_corpora(config.corpus)
+    if prepared is not None:
+        if config.max_bytes is not None:
+            raise ValueError(f"data.max_bytes={config.max_bytes} is for text, and data.corpus {config.corpus} is prepared: leave it out")
+        return _blend(config, [open_corpus(name, weight, config.held_out) for weight, name in prepared])
     corpus = load_corpus(config.corpus, config.max_bytes)
     tokenizer = load_tokenizer(config.tokenizer, corpus, config.vocab_size)
     train, held_out = split_held_out(tokenize(corpus, tokenizer), config.held_out)
@@ -39,7 +53,39 @@ def load_text(config: DataConfig) -> Text:
         f"corpus {corpus.source}: {corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:16]}; tokenizer {tokenizer.name}: "
         f"{tokenizer.vocab_size:,} ids; {len(train):,} training and {len(held_out):,} held-out tokens"
     )
-    return Text(tokenizer, train, held_out, description, corpus.sha256)
+    return Text(tokenizer, train, held_out, description, corpus.sha256, ((1.0, train),))
+
+
+def _blend(config: DataConfig, corpora: list[PreparedCorpus]) -> Text:
+    tokenizers = [tokenizer_of(corpus.name, config.tokenizer) for corpus in corpora]
+    for corpus, tokenizer in zip(corpora, tokenizers, strict=True):
+        if tokenizer.sha256 != tokenizers[0].sha256:
+            raise ValueError(f"{corpora[0].name} and {corpus.name} have different tokenizers: prepare both with --tokenizer, one file")
+    total = sum(corpus.weight for corpus in corpora)
+    shares = [corpus.weight / total for corpus in corpora]
+    train = [corpus.train[: int(COUNTED_TOKENS * share)] for share, corpus in zip(shares, corpora, strict=True)]
+    held_out = [corpus.held_out[: max(2, int(config.held_out_tokens * share))] for share, corpus in zip(shares, corpora, strict=True)]
+    counted, evaluated = (np.concatenate(arrays).astype(np.int32) for arrays in (train, held_out))
+    if len(evaluated) < 2:
+        raise ValueError(f"data.corpus {config.corpus} leaves {len(evaluated)} held-out tokens of 2 needed: raise data.held_out")
+    for ids in (counted, evaluated):
+        check_ids(ids, tokenizers[0], config.corpus)
+    told = [f"{share:.3g} of {corpus.name}: {corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
+            f"fingerprint {corpus.fingerprint[:16]}" for share, corpus in zip(shares, corpora, strict=True)]  # fmt: skip
+    description = (
+        f"corpus {'; '.join(told)}; tokenizer {tokenizers[0].name}: {tokenizers[0].vocab_size:,} ids; "
+        f"{len(evaluated):,} held-out tokens; models that count see {len(counted):,} training tokens"
+    )
+    digest = hashlib.sha256(repr([(share, corpus.fingerprint) for share, corpus in zip(shares, corpora, strict=True)]).encode())
+    parts = tuple((share, corpus.train) for share, corpus in zip(shares, corpora, strict=True))
+    return Text(tokenizers[0], counted, evaluated, description, digest.hexdigest(), parts)
+
+
+def check_ids(ids: np.ndarray, tokenizer: Tokenizer, corpus: str) -> None:
+    """Raises ValueError for ids that the tokenizer does not have: another made the corpus."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        limits = f"run from {ids.min()} to {ids.max()} and must be in [0, {tokenizer.vocab_size})"
+        raise ValueError(f"data.corpus {corpus}: token ids {limits}: give the tokenizer that made them")
 
 
 def load_text_together(config: DataConfig, mesh: ParallelMesh) -> Text:

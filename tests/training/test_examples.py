@@ -80,7 +80,7 @@ def test_fim_takes_the_resets(text, tmp_path):
 
 def test_unigram_loss_of_targets_by_hand(text, tmp_path):
     examples = Examples(text, config_for(tmp_path, OBJECTIVES["denoising"][0]))
-    targets = np.concatenate([s.targets[s.targets != IGNORED] for s in examples.samples(0, examples._sampler.samples_per_epoch)])
+    targets = np.concatenate([s.targets[s.targets != IGNORED] for s in examples.samples(0, examples._samplers[0].samples_per_epoch)])
     counts = np.bincount(targets, minlength=examples.vocab_size) + 1
     held_out = [t for group in examples.held_out_samples().values() for s in group for t in s.targets if t != IGNORED]
     assert examples.unigram_loss() == pytest.approx(np.mean([-np.log(counts[t] / counts.sum()) for t in held_out]))

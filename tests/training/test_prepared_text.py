@@ -1,0 +1,135 @@
+"""Runs on prepared corpora: one is the text tokenized at the start, a blend is its corpora's samples, what does not fit is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megapar.data.blend import Blend
+from megapar.data.indexed import IndexedWriter
+from megapar.data.prepare import Preparation, prepare
+from megapar.mesh import ParallelMesh
+from megapar.models.config import DecoderConfig
+from megapar.training.config import Config, DataConfig, ParallelConfig, RunConfig
+from megapar.training.examples import Examples
+from megapar.training.loop import train
+from megapar.training.report import report
+from megapar.training.text import load_text
+
+
+def made(folder: Path, name: str, seed: int, documents: int = 100, **options) -> Path:
+    generator = np.random.default_rng(seed)
+    texts = [" ".join(generator.choice(["the", "cat", "sat", "on", "a", "mat"], generator.integers(1, 30))) for _ in range(documents)]
+    source = folder / f"{name}.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(Preparation((str(source),), folder / name, **{"tokenizer": "bytes", **options}))
+    return folder / name
+
+
+def config_for(corpus: object, folder: Path = Path("."), **data) -> Config:
+    return Config(
+        DecoderConfig(hidden_size=16, layers=1, heads=2, ffn_size=24),
+        DataConfig(str(corpus), sequence_length=20, **{"held_out": 0.1, **data}),
+        parallel=ParallelConfig(device="cpu"),
+        run=RunConfig(steps=3, batch_size=4, out=str(folder / "out"), sample_tokens=5),
+    )
+
+
+def tokens_of(examples: Examples, first: int, count: int) -> list[list[int]]:
+    return [sample.tokens.tolist() for sample in examples.samples(first, count)]
+
+
+def test_one_corpus_is_the_text_split_between_documents(tmp_path):
+    name = made(tmp_path, "a", 0)
+    text, raw = load_text(config_for(name).data), load_text(config_for(f"{name}.jsonl", tokenizer="bytes").data)
+    whole = np.concatenate([raw.train, raw.held_out])
+    assert np.concatenate([text.parts[0][1], text.held_out]).tolist() == whole.tolist()
+    assert (text.held_out == text.tokenizer.end_of_text).sum() == 10 and text.parts[0][1][-1] == text.tokenizer.end_of_text
+    assert isinstance(text.parts[0][1], np.memmap), "a corpus that is larger than memory is not read whole"
+    # Samples are cut and shuffled as those of the text are.
+    alone = replace(text, parts=((1.0, np.array(text.parts[0][1])),))
+    assert tokens_of(Examples(text, config_for(name)), 0, 300) == tokens_of(Examples(alone, config_for(name)), 0, 300)
+
+
+def test_a_blend_is_its_corpora_samples_in_any_cut(tmp_path):
+    names = [made(tmp_path, "a", 0), made(tmp_path, "b", 1, 40)]
+    config = config_for(f"3:{names[0]} 1:{names[1]}")
+    text = load_text(config.data)
+    assert [weight for weight, _ in text.parts] == [0.75, 0.25]
+    examples = Examples(text, config)
+    together = tokens_of(examples, 0, 200)
+    assert [tokens_of(examples, number, 1)[0] for number in range(199, -1, -1)][::-1] == together
+    alone = [Examples(load_text(config_for(name).data), config) for name in names]
+    corpora, numbers = Blend((3.0, 1.0)).draw(0, 200)
+    assert (corpora == 1).sum() == 50, "more than an epoch of the small one"
+    assert together == [tokens_of(alone[c], int(n), 1)[0] for c, n in zip(corpora, numbers, strict=True)]
+    other = load_text(config_for(f"2:{names[0]} 1:{names[1]}").data)
+    assert len({text.corpus_sha256, other.corpus_sha256, load_text(config_for(names[0]).data).corpus_sha256}) == 3
+    limited = load_text(replace(config.data, held_out_tokens=40))
+    assert len(limited.held_out) == 40 and limited.train.tolist() == text.train.tolist()
+
+
+def test_a_run(tmp_path, monkeypatch):
+    names = [made(tmp_path, "a", 0), made(tmp_path, "b", 1)]
+    config = config_for(f"0.5:{names[0]} 0.5:{names[1]}", tmp_path)
+    mesh = ParallelMesh()
+    trained = train(config, mesh)
+    assert "held-out loss" in report(trained, config, mesh) and trained.step == 3
+    mesh.close()
+
+
+def test_megatrons_own_files(tmp_path):
+    """They have no tokenizer beside them, and nobody has looked at their ids."""
+    tokenizer = made(tmp_path, "a", 0).with_name("a.tokenizer.json")
+    with IndexedWriter(tmp_path / "theirs", "int32") as writer:
+        for start in range(100):
+            writer.add_document([list(range(start, start + 20)), [256]])
+    with pytest.raises(ValueError, match=r"theirs has no theirs.tokenizer.json beside it: give data.tokenizer"):
+        load_text(config_for(tmp_path / "theirs").data)
+    config = config_for(tmp_path / "theirs", tokenizer=str(tokenizer))
+    assert len(load_text(config.data).parts[0][1]) == 90 * 21
+    # The ids of the samples are checked too: the models that count may see only a part.
+    text = load_text(config.data)
+    bad = replace(text, parts=((1.0, np.full(100, 257)),))
+    with pytest.raises(ValueError, match=r"token ids run from 257 to 257 and must be in \[0, 257\): give the tokenizer that made them"):
+        Examples(bad, config).samples(0, 1)
+    with IndexedWriter(tmp_path / "wide", "int32") as writer:
+        for _ in range(100):
+            writer.add_document([[300, -0]])
+    with pytest.raises(ValueError, match="token ids run from 0 to 300"):
+        load_text(config_for(tmp_path / "wide", tokenizer="bytes").data)
+
+
+def damage(path: Path, **facts) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_refusals(tmp_path):
+    a, b = made(tmp_path, "a", 0), made(tmp_path, "b", 1, tokenizer="characters")
+    one = made(tmp_path, "one", 0, documents=1)
+
+    def refused(told: str, corpus: object, **data) -> None:
+        with pytest.raises(ValueError, match=told):
+            load_text(config_for(corpus, **data).data)
+
+    refused("a and .*b have different tokenizers", f"1:{a} 1:{b}")
+    refused("weights are .0.0, 1.0. and must be above 0", f"0:{a} 1:{b}")
+    refused("weights are .-1.0, 1.0.", f"-1:{a} 1:{b}")
+    refused("every corpus of a blend has a weight", f"0.5:{a} {b}")
+    refused("missing.bin does not exist", f"1:{tmp_path}/missing")
+    refused("give the name without .idx", f"{a}.idx")
+    refused("data.max_bytes=5 is for text", a, max_bytes=5)
+    refused("is not .*a.tokenizer.json, which made the corpus", a, tokenizer=f"{b}.tokenizer.json")
+    refused("data.held_out is 1.0", a, held_out=1.0)
+    refused("1 documents leave none to the share", one)
+    (tmp_path / "b").mkdir()
+    refused("is a text, and prepared with .idx", b)
+    load_text(config_for(f"1:{b}").data)
+    damage(tmp_path / "a.json", tokenizer_sha256="0")
+    refused("is not the tokenizer that .*a.json tells of", a)
+    damage(tmp_path / "a.json", tokens=7)
+    refused("tells of 100 documents of 7 tokens", a)
+    (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
+    refused("the two are not of one corpus", a)
