@@ -1,13 +1,14 @@
-"""The command line: megapar train | verify | plan | checkpoint | report | doctor."""
+"""The command line: megapar train | verify | prepare | plan | checkpoint | report | doctor."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megapar.data.prepare_command import prepare_command
 from megapar.doctor import doctor
 from megapar.failures import RemoteError, named_failures
 from megapar.mesh import ParallelMesh
@@ -56,6 +57,10 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 
         megapar plan schedule --pp 4 --chunks 2 --microbatches 8 --zero-bubble --costs 1,1.1,0.9,0.05
 
+  megapar prepare INPUT... --out NAME [--tokenizer FILE|bpe|bytes|characters] [--workers N]
+      Tokenizes text, .jsonl, Parquet and saved datasets of any size into Megatron's NAME.bin and NAME.idx, which a
+      run reads without loading them: --corpus NAME, or a blend --corpus "0.7:NAME 0.3:OTHER".
+
   megapar checkpoint inspect|verify|convert FOLDER
       What a checkpoint holds; whether every byte of it is there; its weights for other tools.
 
@@ -70,7 +75,15 @@ megapar: Megatron-style model-parallel layers and training in PyTorch.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    commands = {"train": _train, "verify": _verify, "plan": _plan, "checkpoint": checkpoint_command, "report": _report, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "verify": _verify,
+        "prepare": prepare_command,
+        "plan": _plan,
+        "checkpoint": checkpoint_command,
+        "report": _report,
+        "doctor": _doctor,
+    }
     if command in ("-h", "--help", "help"):
         print(HELP)
         return 0

@@ -83,7 +83,7 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("trian c.toml", '"trian" is not a command: use one of train, verify, plan, checkpoint, report, doctor'),
+        ("trian c.toml", '"trian" is not a command: use one of train, verify, prepare, plan, checkpoint, report, doctor'),
         ("train none.toml", "config none.toml is not a file"),
         ("train bad.toml", 'the nearest one is "run.steps"'),
         ("train c.toml --steps 0", "run.steps=0"),

@@ -26,6 +26,7 @@ from megapar.training.journal import Journal
 from megapar.training.layout import check_layout
 from megapar.training.memory import MemoryPeak, memory_by_kind
 from megapar.training.metrics import Record
+from megapar.training.prefetch import Prefetcher
 from megapar.training.recovery import Event, Verdict, Watch
 from megapar.training.resume import flat
 from megapar.training.run_checkpoints import RunCheckpoints, resumes
@@ -123,12 +124,13 @@ class _Run:
         self.watch = Watch(self.policy)
         self.out = Path(config.run.out)
         self.checkpoints = RunCheckpoints(config, mesh, examples, step.optimizer, self.watch)
+        self.prefetch = Prefetcher(examples.batch)
         try:
             begin = time.perf_counter()
             self.state, changed = self.checkpoints.resume()
             self.journal = Journal(config, mesh, self.steps, self.state)
         except BaseException:
-            self.checkpoints.close()
+            self._close()
             raise
         parameters = sum(p.numel() for p in self.model.grads.params)
         self.journal.say(examples.text.description)
@@ -155,14 +157,18 @@ class _Run:
             memory = memory_by_kind(self.train_step.optimizer, self.peak)
             loss = None if stopped else self._evaluate()
         finally:
-            self.checkpoints.close()
+            self._close()
             self.journal.close()
         timeline = self.model.runner.timeline() if self.mesh.pp.size > 1 else None
         return Trained(self.model, self.examples, self.state.step, stopped, saved, loss, self.out, timeline, memory)
 
+    def _close(self) -> None:
+        self.prefetch.close()
+        self.checkpoints.close()
+
     def _step(self, interrupted: list[bool]) -> bool:
         """Trains one step, or rolls back because of it; whether any rank was interrupted."""
-        state, start = self.state, time.perf_counter()
+        state, start, waited = self.state, time.perf_counter(), self.prefetch.waited
         batch_size = self.rates.batches.batch_at(state.samples)
         lr, weight_decay = self.rates.at(state.updates, state.applied_samples, batch_size)
         batches, error, stop = self._batches(batch_size, interrupted)
@@ -183,6 +189,7 @@ class _Run:
         flags = [float(bool(interrupted)), self.checkpoints.saver.ended]
         result = self.train_step.update(lr, flags, weight_decay=weight_decay, judge=judge)
         rates = {"lr": lr, "batch_size": batch_size, "samples": state.samples + batch_size}
+        rates["data_seconds"] = self.prefetch.waited - waited
         if self.config.optimizer.weight_decay_end is not None:
             rates["weight_decay"] = weight_decay
         self._log(result, rates, time.perf_counter() - start, verdict)
@@ -196,10 +203,10 @@ class _Run:
 
     def _batches(self, batch_size: int, interrupted: list[bool]) -> tuple[list[TokenBatch], str, bool]:
         """This replica's micro-batches of the next step; and the same on every rank: why one rank has none, whether one was interrupted."""
-        first, dp, world, error = self.state.samples, self.mesh.dp, self.mesh.world, ""
-        starts, batches = range(first + dp.rank * self.size, first + batch_size, dp.size * self.size), []
+        world, error, batches, after = self.mesh.world, "", [], self.state.samples + batch_size
         try:
-            batches = [self.examples.batch(start, self.size).to(self.mesh.device) for start in starts]
+            batches = [batch.to(self.mesh.device) for batch in self.prefetch.get(self._requests(self.state.samples, batch_size))]
+            self.prefetch.ahead(self._requests(after, self.rates.batches.batch_at(after)))
         except (ValueError, OSError, IndexError) as caught:
             error = f"rank {world.rank} has no samples: {type(caught).__name__}: {caught}"
         flags = torch.tensor([float(bool(error)), float(bool(interrupted))], device=host_device(world))
@@ -207,6 +214,11 @@ class _Run:
         if failed:
             error = next(told for told in gather_json(error, world) if told)
         return batches, error, stops > 0
+
+    def _requests(self, first: int, batch_size: int) -> list[tuple[int, int]]:
+        """(first sample, how many) of this replica's micro-batches of a step."""
+        rank, replicas = self.mesh.dp.rank, self.mesh.dp.size
+        return [(start, self.size) for start in range(first + rank * self.size, first + batch_size, replicas * self.size)]
 
     def _log(self, result: StepResult, rates: dict[str, float], seconds: float, verdict: Verdict | None) -> None:
         record: Record = {"step": self.state.step + 1, "loss": result.loss, "grad_norm": result.grad_norm, **rates, "tokens": result.tokens}
@@ -226,6 +238,7 @@ class _Run:
         if action != "skip":
             self.journal.saved(self.checkpoints.finish(), state.step)
         if action == "rollback":
+            self.prefetch.reset()
             self.state, event = self.checkpoints.roll_back(state, reason, batch_size)
         self.journal.recovery(event)
         if event.action == "stop":

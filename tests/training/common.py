@@ -14,7 +14,7 @@ from megapar.training.loop import train
 from megapar.training.metrics import read_metrics
 from megapar.training.sections import Rates
 
-TIMINGS = ("seconds", "tokens_per_second", "peak_bytes")
+TIMINGS = ("seconds", "data_seconds", "tokens_per_second", "peak_bytes")
 ABOUT_THE_RUN = ("checkpoint", "resumed", "recovery")
 
 
