@@ -3,9 +3,9 @@
     python -m benchmarks.prepare                the standard library's sources, repeated
     python -m benchmarks.prepare --megabytes 40
 
-tokens/s   of `megapar prepare` from a .jsonl to .bin and .idx, its start and the reading of the tokenizer left out; and of the library's
-           own encode_batch of the same documents, all in memory, with the same threads (RAYON_NUM_THREADS). Each in a process of its own,
-           by turns, the median of the repeats
+tokens/s   of `megapar prepare` from a .jsonl to .bin and .idx, imports left out, the reading of the tokenizer (half a second) included; and
+           of the library's own encode_batch alone, of the same documents in memory, with the same threads (RAYON_NUM_THREADS). Each in a
+           process of its own, by turns, the median of the repeats
 MB         the largest resident set of the process, at one time and at four times the input
 """
 
