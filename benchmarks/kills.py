@@ -85,6 +85,11 @@ class Run:
         """The newest step that the run said is on disk; -1 before the first."""
         return max((int(step) for step in ANNOUNCED.findall((self.folder / "log").read_text(errors="replace"))), default=-1)
 
+    def trained(self) -> int:
+        """Grows with every step."""
+        metrics = self.folder / "out" / "metrics.jsonl"
+        return metrics.stat().st_size if metrics.exists() else 0
+
     def ranks(self) -> list[int]:
         """Process numbers of the ranks that are alive."""
         found = []
@@ -121,12 +126,16 @@ def whole(folder: Path) -> bool:
 
 
 def kill_at_random(run: Run, kills: int, draw: random.Random, longest: float) -> tuple[int, list[str]]:
-    """(kills, what was wrong after one): a rank is killed up to `longest` seconds after all of them have started."""
+    """(kills, what was wrong after one): a rank is killed up to `longest` seconds after all of them have started, every second time up to
+    a quarter of that after they have trained a step."""
     done, wrong = 0, []
     while done < kills and run.process.poll() is None:
         while len(run.ranks()) < RANKS and run.process.poll() is None:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0.0, longest))
+        trained = run.trained()
+        while done % 2 and run.trained() == trained and len(run.ranks()) == RANKS:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, longest / 4 if done % 2 else longest))
         alive = run.ranks()
         if not alive:
             continue

@@ -11,6 +11,8 @@ from megapar.data.intervals import Remaining, joined, parse_intervals
 from megapar.training.checkpoint.disk import Disk
 from megapar.training.checkpoint.folder import PARTIAL, checkpoints, point_latest, remove_checkpoints, step_of
 from megapar.training.checkpoint.manifest import read_manifest
+from megapar.training.config import Config
+from megapar.training.config_file import to_dict
 from megapar.training.recovery import Event, is_valid
 from megapar.training.run_state import RunState
 
@@ -96,6 +98,8 @@ def accept(state: Mapping[str, Any], here: Mapping[str, Any], change: str, where
     run. Raises ValueError for others, naming the first, and for keys in `change` that are none.
     """
     now, then = (flat({key: told.get(key) for key in ("config", "corpus", "tokenizer")}) for told in (json.loads(json.dumps(here)), state))
+    # A key that is newer than the checkpoint had no other value than its default.
+    then = {**flat({"config": json.loads(json.dumps(to_dict(Config())))}), **then}
     asked = {f"config.{key}" for key in change.replace(",", " ").split()}
     for key in sorted(asked - now.keys()):
         raise ValueError(f"run.change names {key.removeprefix('config.')}, which is no key of the config: give such as optimizer.lr")

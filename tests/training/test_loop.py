@@ -17,9 +17,11 @@ from megapar.pipeline.kinds import make_schedule
 from megapar.training.checkpoint.disk import Disk
 from megapar.training.checkpoint.folder import lock, newest_checkpoint
 from megapar.training.config import Config, RecomputeConfig
+from megapar.training.config_file import to_dict
 from megapar.training.examples import Examples
 from megapar.training.layout import check_layout
 from megapar.training.loop import evaluate, train
+from megapar.training.resume import accept
 from megapar.training.step import TrainStep, zero
 from megapar.training.text import load_text
 from tests.training.common import config_for, corpus, events_of, metrics_of, replaced, run, weights_of
@@ -325,3 +327,13 @@ def test_only_what_change_names_may_change(whole_runs, change, told):
     message = run_or_refuse([other])
     assert told in message
     assert "lrr" in change or "or be told --change optimizer.lr" in message
+
+
+def test_a_checkpoint_from_before_a_key_was_there_has_its_default(whole_runs, tmp_path):
+    here = {"config": to_dict(whole_runs[1]), "corpus": "a", "tokenizer": "b"}
+    state = json.loads(json.dumps(here))
+    del state["config"]["optimizer"]["z_loss"]
+    assert accept(state, here, "", tmp_path) == {}
+    here["config"]["optimizer"]["z_loss"] = 0.5
+    with pytest.raises(ValueError, match="optimizer.z_loss is 0.5 and was 0.0"):
+        accept(state, here, "", tmp_path)
