@@ -335,5 +335,5 @@ def test_a_checkpoint_from_before_a_key_was_there_has_its_default(whole_runs, tm
     del state["config"]["optimizer"]["z_loss"]
     assert accept(state, here, "", tmp_path) == {}
     here["config"]["optimizer"]["z_loss"] = 0.5
-    with pytest.raises(ValueError, match="optimizer.z_loss is 0.5 and was 0.0"):
+    with pytest.raises(ValueError, match=r"optimizer\.z_loss is 0\.5 and was 0\.0"):
         accept(state, here, "", tmp_path)
