@@ -238,7 +238,7 @@ def _publish(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Di
         errors += [f"rank 0 could not save {job.folder}: {_said(failed)}"] if failed is not None else []
     saved = not errors
     if saved:
-        failed = _attempt(lambda: _settle(job.folder, disk, tidy))
+        failed = _attempt(lambda: tidy(job.folder))
         errors += [f"{job.folder} is saved, but rank 0 failed afterwards: {_said(failed)}"] if failed is not None else []
     else:
         shutil.rmtree(job.files.folder, ignore_errors=True)
@@ -251,11 +251,7 @@ def _rename(job: Job, ranks: list[dict[str, Any]], mesh: ParallelMesh, disk: Dis
     disk.write(job.files.folder / MANIFEST, [manifest.encode()])
     disk.sync(job.files.folder, "manifest")
     disk.rename(job.files.folder, job.folder)
-
-
-def _settle(folder: Path, disk: Disk, tidy: Callable[[Path], None]) -> None:
-    disk.sync(folder.parent, f"rename {folder.name}")
-    tidy(folder)
+    disk.sync(job.folder.parent, f"rename {job.folder.name}")  # until then its name may be lost, and it is not announced
 
 
 def _partial(folder: Path) -> Path:

@@ -109,19 +109,23 @@ def fail_after(root: Path, point: str) -> Any:
         saver = Saver(root, mesh, asynchronous=True, keep_last=1, on_point=watch)
         saver.save(step, Values(mesh, step).boxes(), {})
         saved = saver.finish()
-    assert saved.path == root / "step-00000002"
-    Values(mesh).check(saved.path, mesh, 2)
-    return saved.error
+    Values(mesh).check(root / "step-00000002", mesh, 2)
+    return saved.error if saved.path is not None else f"not saved: {saved.error}"
 
 
-@pytest.mark.parametrize(
-    "point", ["before fsync of {root} after rename step-00000002", "before rename latest.tmp", "before remove step-00000001.old.tmp"]
-)
+@pytest.mark.parametrize("point", ["before rename latest.tmp", "before remove step-00000001.old.tmp"])
 def test_what_fails_after_the_rename_is_told_and_the_checkpoint_stays(ranks, tmp_path, point):
     first, second = ranks.run(2, fail_after, tmp_path, point.format(root=tmp_path.name))
     assert first == second
     assert "is saved, but rank 0 failed afterwards: [Errno 5]" in first
     assert (tmp_path / "step-00000001").exists() == ("remove" not in point)
+
+
+def test_a_name_that_may_be_lost_is_not_announced(ranks, tmp_path):
+    """Nor does the checkpoint before it go, although this one would load."""
+    first, second = ranks.run(2, fail_after, tmp_path, f"before fsync of {tmp_path.name} after rename step-00000002")
+    assert first == second and first.startswith("not saved: rank 0 could not save") and "[Errno 5]" in first
+    assert (tmp_path / "step-00000001").exists()
 
 
 class Odd(BaseException):
