@@ -20,7 +20,8 @@ LIBRARIES = ("numpy", "tokenizers", "safetensors", "rich", "tyro", "matplotlib")
 EXTRAS = {
     "gpu": ("triton",),
     "tensorboard": ("tensorboard",),
-    "dev": ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "triton"),
+    "data": ("pyarrow", "zstandard"),
+    "dev": ("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "triton", "pyarrow", "zstandard"),
 }
 
 
