@@ -23,6 +23,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.common import Grid, Verdict, report
+from benchmarks.soak import ranks_of
 from megapar.training.checkpoint import checkpoints, read_manifest
 
 CONFIG = """
@@ -92,17 +93,7 @@ class Run:
 
     def ranks(self) -> list[int]:
         """Process numbers of the ranks that are alive."""
-        found = []
-        for place in Path("/proc").iterdir():
-            if place.name.isdecimal():
-                try:
-                    words = (place / "cmdline").read_bytes().split(b"\0")
-                    parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                except (OSError, IndexError, ValueError):
-                    continue  # it has ended meanwhile
-                if parent == self.process.pid and b"train" in words:
-                    found.append(int(place.name))
-        return found
+        return list(ranks_of(self.folder / "out").values())
 
     def weights(self) -> str:
         """A hash of every file of the last checkpoint but its manifest, which tells times."""

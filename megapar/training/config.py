@@ -200,6 +200,11 @@ class RecoveryConfig:
     max_skips: int = 10
     """The run stops instead of skipping one step more in a row."""
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether anything does."""
+        return "rollback" in (self.non_finite, self.spike, self.data_error)
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -123,14 +123,25 @@ def check(config: Config) -> None:
     precision_of(config.precision)
     recompute_of(config).check(config.model.layers, parallel.tp, parallel.sequence_parallel)
     parse_intervals(config.data.skip, "data.skip")
-    _check_rollbacks(config)
+    _check_recovery(config)
     if config.model.positions == "learned" and config.data.sequence_length > config.model.max_positions:
         lengths = f"data.sequence_length={config.data.sequence_length} is longer than model.max_positions={config.model.max_positions}"
         raise ValueError(f"{lengths}: raise the latter")
 
 
-def _check_rollbacks(config: Config) -> None:
+def _check_recovery(config: Config) -> None:
     policy, run = policy_of(config), config.run
+    if policy.window < 2:
+        raise ValueError(f"recovery.window={policy.window} must be 2 or more steps: 128 is the default")
+    for name in ("back", "skip_before", "skip_after", "max_rollbacks", "max_skips"):
+        if getattr(policy, name) < 0:
+            raise ValueError(f"recovery.{name}={getattr(policy, name)} must be 0 or more: raise it")
+    if policy.sigma is not None and not 0 < policy.sigma < math.inf:
+        raise ValueError(f"recovery.sigma={policy.sigma} must be above 0 and finite: 6 is the default")
+    if policy.factor is not None and not 1 < policy.factor < math.inf:
+        raise ValueError(f"recovery.factor={policy.factor} must be above 1 and finite: it is a multiple of the median")
+    if policy.spike != "ignore" and policy.sigma is None and policy.factor is None:
+        raise ValueError(f"recovery.spike={policy.spike} needs recovery.sigma or recovery.factor: give one, or ignore spikes")
     if not policy.rolls_back:
         return
     if not run.save_every:

@@ -102,7 +102,8 @@ def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple
     The replicas take turns, and all of them run as many micro-batches: one that has none left takes one without targets.
     """
     found: dict[str, tuple[float, int]] = {}
-    # Not as many as a step has, which may change: sums are taken in one order (test_a_batch_that_grows_across_a_stop_...).
+    # Not as many as a step has, which may change: sums are taken in one order
+    # (test_reshard.py::test_a_batch_that_grows_across_a_stop_and_another_world_takes_each_sample_once).
     together, dp = 2 * step.model.runner.schedule.stages, step.mesh.dp
     for name, batches in groupby(examples.held_out(count), key=lambda named: named[0]):
         waiting = iter([batch.to(step.mesh.device) for _, batch in batches])

@@ -11,43 +11,9 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Action = Literal["stop", "skip", "rollback"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """`config.RecoveryConfig` says what each is. Raises ValueError for numbers that make none."""
-
-    non_finite: Action = "stop"
-    spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
-    data_error: Action = "stop"
-    window: int = 128
-    sigma: float | None = 6.0
-    factor: float | None = None
-    back: int = 0
-    skip_before: int = 0
-    skip_after: int = 0
-    max_rollbacks: int = 3
-    max_skips: int = 10
-
-    def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ValueError(f"recovery.window={self.window} must be 2 or more steps: 128 is the default")
-        for name in ("back", "skip_before", "skip_after", "max_rollbacks", "max_skips"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"recovery.{name}={getattr(self, name)} must be 0 or more: raise it")
-        if self.sigma is not None and not 0 < self.sigma < math.inf:
-            raise ValueError(f"recovery.sigma={self.sigma} must be above 0 and finite: 6 is the default")
-        if self.factor is not None and not 1 < self.factor < math.inf:
-            raise ValueError(f"recovery.factor={self.factor} must be above 1 and finite: it is a multiple of the median")
-        if self.spike != "ignore" and self.sigma is None and self.factor is None:
-            raise ValueError(f"recovery.spike={self.spike} needs recovery.sigma or recovery.factor: give one, or ignore spikes")
-
-    @property
-    def rolls_back(self) -> bool:
-        return "rollback" in (self.non_finite, self.spike, self.data_error)
+from megapar.training.config import Action, RecoveryConfig
 
 
 @dataclass(frozen=True)
@@ -62,7 +28,7 @@ class Verdict:
 class Watch:
     """Judges steps by those before it. history: (loss, gradient norm) of the last accepted ones."""
 
-    policy: Policy
+    policy: RecoveryConfig
     history: deque[tuple[float, float]] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -16,19 +16,14 @@ from megapar.training.config_file import to_dict
 from megapar.training.recovery import Event, is_valid
 from megapar.training.run_state import RunState
 
-FREE_TO_CHANGE = {
-    "run": {"resume", "out", "eval_every", "save_every", "async_save", "keep_last", "keep_every", "change", "tensorboard"}
-    | {"sample_tokens", "prompt", "micro_batch_size", "microbatches"},
-    "parallel": {"tp", "dp", "pp", "chunks", "zero_stage", "reduce_every", "reshard_every", "schedule", "split", "sequence_parallel"}
-    | {"device", "timeout"},
-    "precision": {"master"},
-    "recompute": {"mode", "blocks", "shard_saved_input"},
-    "recovery": {"preset", "non_finite", "spike", "data_error", "window", "sigma", "factor", "back", "skip_before", "skip_after"}
-    | {"max_rollbacks", "max_skips"},
-    # What is in them is compared.
-    "data": {"corpus", "tokenizer"},
-}
-"""What may differ between a run and the one that it resumes: how it is computed and told, not what."""
+FREE_TO_CHANGE = (
+    *("parallel.", "recompute.", "recovery.", "precision.master"),
+    *("run.resume", "run.change", "run.out", "run.tensorboard", "run.sample_tokens", "run.prompt"),
+    *("run.eval_every", "run.save_every", "run.async_save", "run.keep_last", "run.keep_every"),
+    *("run.micro_batch_size", "run.microbatches"),
+    *("data.corpus", "data.tokenizer"),  # what is in them is compared
+)
+"""What may differ between a run and the one that it resumes, keys and sections: how it is computed and told, not what."""
 
 ROLLBACKS = "rollbacks.json"
 
@@ -103,13 +98,12 @@ def accept(state: Mapping[str, Any], here: Mapping[str, Any], change: str, where
     asked = {f"config.{key}" for key in change.replace(",", " ").split()}
     for key in sorted(asked - now.keys()):
         raise ValueError(f"run.change names {key.removeprefix('config.')}, which is no key of the config: give such as optimizer.lr")
-    free = {f"config.{section}.{key}" for section, keys in FREE_TO_CHANGE.items() for key in keys}
     changed: dict[str, list[Any]] = {}
     for key in now.keys() | then.keys():
         if now.get(key) != then.get(key):
             changed[key.removeprefix("config.")] = [then.get(key), now.get(key)]
     for key in sorted(changed):
-        if f"config.{key}" not in asked | free:
+        if f"config.{key}" not in asked and not key.startswith(FREE_TO_CHANGE):
             was, is_now = changed[key]
             fix = "a resumed run must keep it" + (f", or be told --change {key}" if f"config.{key}" in now else "")
             raise ValueError(f"{key} is {is_now} and was {was} in {where}: {fix}")

@@ -14,9 +14,8 @@ from megapar.pipeline.kinds import make_schedule
 from megapar.pipeline.schedule import Schedule
 from megapar.recompute import Recompute
 from megapar.training.batch_size import BatchSchedule, Scaling, parse_amount
-from megapar.training.config import Config, PrecisionConfig
+from megapar.training.config import Config, PrecisionConfig, RecoveryConfig
 from megapar.training.lr import RateSchedule, WeightDecaySchedule
-from megapar.training.recovery import Policy
 
 
 def with_dp(config: Config, world_size: int) -> Config:
@@ -101,6 +100,7 @@ def _schedule(config: Config, microbatches: int) -> Schedule:
 
 
 MOST_STAGES = 1000
+"""Each is proven to have a schedule before training starts, which takes milliseconds."""
 
 
 def check_batches(config: Config) -> None:
@@ -170,17 +170,16 @@ def recompute_of(config: Config) -> Recompute:
     return Recompute(**dataclasses.asdict(config.recompute))
 
 
-PALM = Policy(non_finite="rollback", spike="rollback", back=100, skip_before=100, skip_after=199)
+PALM = RecoveryConfig("palm", non_finite="rollback", spike="rollback", back=100, skip_before=100, skip_after=199)
 """arXiv:2204.02311, section 5.1: training restarted about 100 steps before a spike and skipped the data of 200 to 500."""
 
 
-def policy_of(config: Config) -> Policy:
-    """What the section says. Raises ValueError for a preset beside keys that it would override, and for numbers that make no policy."""
-    told = dataclasses.asdict(config.recovery)
-    preset = told.pop("preset")
-    if preset == "none":
-        return Policy(**told)
-    for field in dataclasses.fields(config.recovery):
-        if field.name != "preset" and told[field.name] != field.default:
-            raise ValueError(f"recovery.{field.name}={told[field.name]} beside recovery.preset={preset}, which sets it: leave one out")
+def policy_of(config: Config) -> RecoveryConfig:
+    """What the section says. Raises ValueError for a preset beside keys that it would override."""
+    recovery = config.recovery
+    if recovery.preset == "none":
+        return recovery
+    for field in dataclasses.fields(recovery):
+        if field.name != "preset" and (value := getattr(recovery, field.name)) != field.default:
+            raise ValueError(f"recovery.{field.name}={value} beside recovery.preset={recovery.preset}, which sets it: leave one out")
     return PALM

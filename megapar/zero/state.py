@@ -23,6 +23,8 @@ AT_ONCE = 1 << 20
 
 
 class Write(Protocol):
+    """What `StateBox.write` is."""
+
     def __call__(self, value: Tensor, at: tuple[slice, ...] = ()) -> None:
         """Takes values for the part of the box that `at` indexes; all of it by default."""
 

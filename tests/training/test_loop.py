@@ -260,8 +260,8 @@ def test_no_step_is_taken_twice_by_a_newest_checkpoint_of_a_stopped_save(ranks, 
     assert [r["step"] for r in metrics_of(config) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
-def full_disk(config: Config, bad_step: int) -> list[Any]:
-    """Trains while the disk is full for the last rank's file of one checkpoint."""
+def full_disk(config: Config, bad_step: int) -> tuple[int, bool]:
+    """Trains while the disk is full for the last rank's file of one checkpoint: its last step, and whether that one is said to be saved."""
     mesh_rank = int(os.environ.get("RANK", "0"))
     real = Disk.write
 
@@ -272,7 +272,8 @@ def full_disk(config: Config, bad_step: int) -> list[Any]:
 
     Disk.write = write  # type: ignore[method-assign]
     try:
-        return run(config)
+        trained = train(config, ParallelMesh(tp=config.parallel.tp))
+        return trained.step, trained.saved
     finally:
         Disk.write = real  # type: ignore[method-assign]
 
@@ -280,7 +281,7 @@ def full_disk(config: Config, bad_step: int) -> list[Any]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_training_goes_on_when_the_disk_is_full_and_says_so(ranks, whole_runs, tmp_path, asynchronous):
     config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"), async_save=asynchronous)
-    assert all(result[:2] == [6, False] for result in ranks.run(2, full_disk, config, 4))
+    assert ranks.run(2, full_disk, config, 4) == [(6, True)] * 2
     saves = {saved["step"]: saved["error"] for saved in events_of(config, "checkpoint")}
     assert [step for step, error in saves.items() if not error] == [2, 6]
     assert saves[4].startswith("rank 1 could not save") and "No space left on device" in saves[4]
@@ -290,7 +291,7 @@ def test_training_goes_on_when_the_disk_is_full_and_says_so(ranks, whole_runs, t
 
 def test_a_last_checkpoint_that_could_not_be_written_is_not_called_saved(ranks, whole_runs, tmp_path):
     config = replaced(whole_runs[2], "run", out=str(tmp_path / "out"))
-    assert all(result[:2] == [6, False] for result in ranks.run(2, full_disk, config, 6))
+    assert ranks.run(2, full_disk, config, 6) == [(6, False)] * 2
     assert [saved["step"] for saved in events_of(config, "checkpoint") if saved["error"]] == [6]
 
 

@@ -19,6 +19,7 @@ PARTIAL = ".tmp"
 
 
 def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 

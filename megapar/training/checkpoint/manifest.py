@@ -74,6 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that it says but this."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,6 +87,7 @@ def by_tensor(manifest: Mapping[str, Any]) -> dict[tuple[str, str], list[Entry]]
 
 
 def numel(entry: Entry) -> int:
+    """Elements of a stored box."""
     return math.prod(b - a for a, b in zip(entry["start"], entry["stop"], strict=True))
 
 
