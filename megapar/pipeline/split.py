@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from megapar.params import Interval
@@ -34,18 +35,24 @@ def split_layers(costs: Sequence[float], stages: int, how: str = "balanced") -> 
 
 
 def _balanced(costs: Sequence[float], stages: int) -> list[int]:
-    """Sizes whose most expensive stage is cheapest, and of those the ones with the least sum of squares. O(stages layers^2)."""
-    layers, sums = len(costs), list(accumulate(costs, initial=0.0))
-    # best[i]: (slowest, sum of squares, sizes) of the first i layers in as many stages as there have been rounds.
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    """Sizes whose most expensive stage is cheapest, and of those the ones with the least sum of squares. O(stages layers^2).
+
+    One after the other: the first layers of the best split need not be split best themselves
+    (tests/pipeline/test_split.py::test_the_first_stages_alone_may_be_worse_than_they_could_be).
+    """
+    sums = list(accumulate(costs, initial=0.0))
+    slowest, _ = _least(sums, stages, lambda so_far, cost: max(so_far, cost))
+    return _least(sums, stages, lambda so_far, cost: so_far + cost * cost if cost <= slowest else math.inf)[1]
+
+
+def _least(sums: Sequence[float], stages: int, add: Callable[[float, float], float]) -> tuple[float, list[int]]:
+    """The least value that `add`, of the value so far and a stage's cost, makes of all stages, and sizes that have it."""
+    layers = len(sums) - 1
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # of the first layers, in as many stages as there have been rounds
     for stage in range(1, stages + 1):
-        longer: dict[int, tuple[float, float, list[int]]] = {}
+        longer: dict[int, tuple[float, list[int]]] = {}
         for stop in range(stage, layers - (stages - stage) + 1):
-            choices = []
-            for start, (slowest, squares, sizes) in best.items():
-                if start < stop:
-                    cost = sums[stop] - sums[start]
-                    choices.append((max(slowest, cost), squares + cost * cost, [*sizes, stop - start]))
-            longer[stop] = min(choices)
+            shorter = ((start, found) for start, found in best.items() if start < stop)
+            longer[stop] = min((add(value, sums[stop] - sums[start]), [*sizes, stop - start]) for start, (value, sizes) in shorter)
         best = longer
-    return best[layers][2]
+    return best[layers]

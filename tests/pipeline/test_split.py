@@ -25,6 +25,13 @@ def test_balanced_is_the_best_of_all_splits(data):
     assert (max(found), sum(x * x for x in found)) == best
 
 
+def test_the_first_stages_alone_may_be_worse_than_they_could_be():
+    """The last stage is the slowest in any case, so the first five layers need not be split with the fastest slowest stage of their own."""
+    costs = [1, 1, 1, 2, 1, 2, 5, 1, 6]
+    found = [sum(costs[start:stop]) for start, stop in split_layers(costs, 5)]
+    assert max(found) == 6 and sum(cost * cost for cost in found) == 94
+
+
 def test_an_expensive_head_gets_fewer_layers_beside_it():
     assert split_layers([1.0] * 7 + [3.0], 4) == [(0, 2), (2, 4), (4, 7), (7, 8)]
 
