@@ -22,6 +22,7 @@ class TokenBatch:
     prefix_len: int64 [b] or None; the first prefix_len tokens of a sequence attend to each other in both directions. Or [t], where packed
         documents have prefixes: for each token, the index in its sequence at which its document's prefix ends.
     targets: int64 [t] or None; what the loss asks for at each token.
+    objective_ids: int64 [b] or None; which of a mixture's objectives made a sequence.
     """
 
     b: int
@@ -31,6 +32,7 @@ class TokenBatch:
     segment_ids: Tensor | None = None
     prefix_len: Tensor | None = None
     targets: Tensor | None = None
+    objective_ids: Tensor | None = None
     _memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class TokenBatch:
             ids: Tensor | None = getattr(self, name)
             if ids is not None and ids.shape != (self.t,):
                 raise ValueError(f"{name} have shape {tuple(ids.shape)} and must be [b * s] = [{self.t}]: flatten them b-major")
+        if self.objective_ids is not None and self.objective_ids.shape != (self.b,):
+            raise ValueError(f"objective_ids have shape {tuple(self.objective_ids.shape)} and must be [{self.b}]: give one a sequence")
         if self.prefix_len is not None and self.prefix_len.shape not in ((self.b,), (self.t,)):
             shape = tuple(self.prefix_len.shape)
             raise ValueError(f"prefix_len has shape {shape} and must be [{self.b}] or [{self.t}]: give one length a sequence or a token")
@@ -60,7 +64,8 @@ class TokenBatch:
             return None if x is None else x.to(device)
 
         tokens, positions = self.tokens.to(device), self.position_ids.to(device)
-        return TokenBatch(self.b, self.s, tokens, positions, moved(self.segment_ids), moved(self.prefix_len), moved(self.targets))
+        mask = moved(self.segment_ids), moved(self.prefix_len)
+        return TokenBatch(self.b, self.s, tokens, positions, *mask, moved(self.targets), moved(self.objective_ids))
 
     @property
     def t(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from megapar.data.blend import Blend, split_documents
 from megapar.data.indexed import IndexedDataset
+from megapar.data.sampler import check_shares
 from megapar.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 
 HASHED_ENDS = 1 << 20
@@ -46,7 +47,7 @@ def _weighted(word: str) -> tuple[float, Path] | None:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """NAME.bin and NAME.idx, mapped. train, held_out: [t], the tokens of the documents up to a share at the end, and of that share.
+    """NAME.bin and NAME.idx, mapped. train, held_out, test: [t], the tokens of the documents up to two shares at the end, and of those.
 
     fingerprint: of the lengths of all documents, of where the tokens begin and end, and of their number: no run reads terabytes first.
     """
@@ -55,11 +56,12 @@ class PreparedCorpus:
     weight: float
     train: np.ndarray
     held_out: np.ndarray
+    test: np.ndarray
     documents: int
     fingerprint: str
 
 
-def open_corpus(name: Path, weight: float, held_out: float) -> PreparedCorpus:
+def open_corpus(name: Path, weight: float, held_out: float, test: float = 0.0) -> PreparedCorpus:
     """Raises ValueError for files that are missing or damaged or not of one run, and if a part would have no document."""
     dataset = IndexedDataset(name)
     facts = _facts(name)
@@ -67,15 +69,15 @@ def open_corpus(name: Path, weight: float, held_out: float) -> PreparedCorpus:
     if facts and [facts.get("documents"), facts.get("tokens")] != counts:
         told = f"{facts.get('documents')} documents of {facts.get('tokens')} tokens, and {name}.idx of {counts[0]} of {counts[1]}"
         raise ValueError(f"{name}.json tells of {told}: they are not of one run, prepare it again")
-    if not 0 < held_out < 1:
-        raise ValueError(f"data.held_out is {held_out}, it must be above 0 and below 1: use for example 0.05")
-    training, _ = split_documents(len(dataset), (1 - held_out, held_out))
-    cut = int(dataset.document_starts[training.stop])
+    check_shares(held_out, test)
+    parts = split_documents(len(dataset), (1 - held_out - test, held_out, test))
+    cut, end = (int(dataset.document_starts[part.stop]) for part in parts[:2])
     digest = hashlib.sha256(f"{dataset.dtype.name} {counts}".encode())
     digest.update(np.ascontiguousarray(dataset.sequence_lengths).data)
-    for part in (dataset.tokens[:HASHED_ENDS], dataset.tokens[-HASHED_ENDS:]):
-        digest.update(np.ascontiguousarray(part).data)
-    return PreparedCorpus(name, weight, dataset.tokens[:cut], dataset.tokens[cut:], len(dataset), digest.hexdigest())
+    tokens = dataset.tokens
+    for some in (tokens[:HASHED_ENDS], tokens[-HASHED_ENDS:]):
+        digest.update(np.ascontiguousarray(some).data)
+    return PreparedCorpus(name, weight, tokens[:cut], tokens[cut:end], tokens[end:], len(dataset), digest.hexdigest())
 
 
 def tokenizer_of(name: Path, spec: str) -> Tokenizer:

@@ -58,15 +58,26 @@ class Sampler:
         return self._cached_permutation
 
 
-def split_held_out(tokens: NDArray[np.integer], fraction: float) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Return views (train, held_out) of `tokens` `[t]`; the tail from int(t * (1 - fraction)) on is held out.
+Tokens = NDArray[np.integer]
 
-    Raises ValueError if `fraction` is outside (0, 1).
+
+def split_held_out(tokens: Tokens, held_out: float, test: float = 0.0) -> tuple[Tokens, Tokens, Tokens]:
+    """Return views (train, held_out, test) of `tokens` `[t]`, the latter two of these shares at the end.
+
+    Raises ValueError for shares that `check_shares` refuses.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"held-out fraction is {fraction}, it must be above 0 and below 1: use for example 0.05")
-    boundary = int(len(tokens) * (1 - fraction))
-    return tokens[:boundary], tokens[boundary:]
+    check_shares(held_out, test)
+    boundary, end = (int(len(tokens) * (1 - share)) for share in (held_out + test, test))
+    return tokens[:boundary], tokens[boundary:end], tokens[end:]
+
+
+def check_shares(held_out: float, test: float) -> None:
+    """Raises ValueError unless training, held-out and, if one is asked for, test data have a share each."""
+    if not (0 < held_out < 1 and 0 <= test < 1 - held_out):
+        raise ValueError(
+            f"data.held_out is {held_out} and data.test {test}, the first must be above 0 and both together below 1: "
+            "use for example 0.05 and 0"
+        )
 
 
 def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:

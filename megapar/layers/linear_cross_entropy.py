@@ -53,13 +53,15 @@ def vocab_parallel_linear_cross_entropy(
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
     loss_scale: float | Tensor = 1.0,
+    token_losses: Tensor | None = None,
 ) -> Tensor:
     """The fp32 sum of the losses of vocab_parallel_cross_entropy(x weight^T, target), 0-d.
 
     x [..., h], the same on all ranks, or with `sequence_parallel` this rank's ceil(t / tp) tokens; weight [this rank's part of the
     vocabulary, h]; target int64, one for each token. loss_scale: what backward will be called with. Any other seed gives the same
-    gradients too; but those of fp16 are computed in forward, at this scale, and would underflow without it. One collective forward for
-    each chunk (four fp32 numbers a token), one backward. Raises as vocab_parallel_cross_entropy does, and for a number loss_scale <= 0.
+    gradients too; but those of fp16 are computed in forward, at this scale, and would underflow without it. token_losses: [t], is
+    filled with what the sum is of. One collective forward for each chunk (four fp32 numbers a token), one backward. Raises as
+    vocab_parallel_cross_entropy does, and for a number loss_scale <= 0 and token_losses of another size.
     """
     axis = as_axis(tp)
     if not isinstance(loss_scale, Tensor) and not loss_scale > 0:
@@ -69,10 +71,12 @@ def vocab_parallel_linear_cross_entropy(
     held = -(-flat.numel() // axis.size) if sharded else flat.numel()
     if rows.shape[0] != held:
         raise ValueError(f"x has {rows.shape[0]} tokens and {held} of the {flat.numel()} targets are this rank's: give one for each")
+    if token_losses is not None and token_losses.shape != flat.shape:
+        raise ValueError(f"token_losses has shape {tuple(token_losses.shape)} and must be [{flat.numel()}]: give a place for each target")
     index, ignored, size = local_targets(flat, weight.shape[0], axis, vocab_size, ignore_index, label_smoothing, z_loss)
     options = {"vocab_size": size, "label_smoothing": label_smoothing, "z_loss": z_loss}
     needs = (x.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
-    return run_eagerly(_LinearCrossEntropy, rows, weight, index, ignored, axis, sharded, options, loss_scale, needs)
+    return run_eagerly(_LinearCrossEntropy, rows, weight, index, ignored, axis, sharded, options, loss_scale, needs, token_losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -88,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: dict[str, Any],
         loss_scale: float | Tensor,
         needs: tuple[bool, bool],
+        token_losses: Tensor | None,
     ) -> Tensor:
         t = index.shape[0]
         full = start_all_gather(x, axis).wait()[:t] if sharded else x
@@ -104,7 +109,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             local = cross_entropy_statistics(logits, index[chunk], options["label_smoothing"])
             parts = local if axis.size == 1 else start_all_gather(local, axis).wait()
             lse, at_target, summed = cross_entropy_join(parts.view(axis.size, *local.shape))
-            total += cross_entropy_loss(lse, at_target, summed, ignored[chunk], **options).sum()
+            losses = cross_entropy_loss(lse, at_target, summed, ignored[chunk], **options)
+            total += losses.sum()
+            if token_losses is not None:
+                token_losses[chunk] = losses
             if not any(needs):
                 continue
             seed = scale.to(lse).expand(lse.shape[0])
@@ -132,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 reducing = start_reduce_scatter(dx, ctx.axis) if ctx.sharded else start_all_reduce(dx, ctx.axis)
         if dw is not None:
             dw = _deliver(ctx.weight, dw, ratio)
-        return reducing.wait() if reducing is not None else dx, dw, None, None, None, None, None, None, None
+        return reducing.wait() if reducing is not None else dx, dw, None, None, None, None, None, None, None, None
 
 
 def _deliver(weight: Tensor, dw: Tensor, ratio: Tensor) -> Tensor | None:

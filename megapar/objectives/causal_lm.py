@@ -21,11 +21,17 @@ def causal_lm_loss(model: Decoder, inputs: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def token_loss(
-    stage: DecoderStage, hidden: Tensor, batch: TokenBatch, loss_scale: float | Tensor = 1.0, z_loss: float = 0.0
+    stage: DecoderStage,
+    hidden: Tensor,
+    batch: TokenBatch,
+    loss_scale: float | Tensor = 1.0,
+    z_loss: float = 0.0,
+    token_losses: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """What the last stage returned, and its batch with targets, to (fp32 sum of the losses in nats, number of targets not IGNORED).
 
     loss_scale: what backward will be called with. z_loss: times log(Z)^2 of every token is added (arXiv:2204.02311, section 5).
+    token_losses: fp32 [t], filled with the loss of each token, 0 where there is no target.
     Raises ValueError for a batch without targets.
     """
     if batch.targets is None:
@@ -40,6 +46,7 @@ def token_loss(
         sequence_parallel=stage.sequence_parallel,
         loss_scale=loss_scale,
         z_loss=z_loss,
+        token_losses=token_losses,
     )
     return loss, int((batch.targets != IGNORED).sum())
 

@@ -29,7 +29,7 @@ class Sample:
     position_ids: int64 [s].
     segment_ids: int64 [s]; a token attends only within its own segment.
     prefix_end: int64 [s]; the tokens of a segment before this index of the sequence attend to each other in both directions.
-    objective: what made it, for metrics.
+    objective: the name of what made it.
     """
 
     tokens: Ids
@@ -61,11 +61,17 @@ class Objective(ABC):
 
     sequence_length: int
     vocab_size: int
+    name: str
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more: raise it")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What samples may have for `objective`."""
+        return (self.name,)
 
     @property
     def tokens_needed(self) -> int:
@@ -129,15 +135,19 @@ def _joined(samples: Sequence[Sample]) -> Sample:
     )
 
 
-def collate(samples: Sequence[Sample], length: int) -> TokenBatch:
+def collate(samples: Sequence[Sample], length: int, names: Sequence[str] = ()) -> TokenBatch:
     """The batch, with targets, of samples of at most `length` = s tokens, padded at the end by tokens that nothing attends to.
 
-    Plain causal samples make a causal batch: what the batch does not need to say of its mask, it does not say. Raises ValueError for no
-    samples and for one that is too long.
+    Plain causal samples make a causal batch: what the batch does not need to say of its mask, it does not say. names: the objectives
+    that `objective_ids` number; without them it has none. Raises ValueError for no samples, for one that is too long, and for one of an
+    objective that is not named.
     """
     longest = max((len(sample.tokens) for sample in samples), default=0)
     if not 1 <= longest <= length:
         raise ValueError(f"{len(samples)} samples of at most {longest} tokens do not make a batch of {length}: give some that fit")
+
+    if names and (unknown := {sample.objective for sample in samples} - {*names}):
+        raise ValueError(f"samples are of {sorted(unknown)} and the objectives are {list(names)}: name all of them")
 
     def stacked(name: str, fill: int) -> Tensor:
         rows = np.full((len(samples), length), fill, dtype=np.int64)
@@ -156,4 +166,5 @@ def collate(samples: Sequence[Sample], length: int) -> TokenBatch:
         stacked("segment_ids", -1).flatten() if segmented else None,
         stacked("prefix_end", 0).flatten() if prefixed else None,
         stacked("targets", IGNORED).flatten(),
+        torch.tensor([names.index(sample.objective) for sample in samples]) if names else None,
     )

@@ -117,6 +117,11 @@ class UL2(Objective):
         return tuple(self._member(denoiser) for denoiser in self.denoisers)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the members, in the order of `denoisers`."""
+        return tuple(member.name for member in self.members)
+
+    @property
     def tokens_needed(self) -> int:
         """Tokens of text that fill a sample of any denoiser."""
         return max(member.tokens_needed for member in self.members)

@@ -31,8 +31,12 @@ class DataConfig:
     """Tokens in a sample (s)."""
     held_out: float = 0.05
     """The share at the end of the tokens, of a prepared corpus the documents, that is only evaluated on."""
+    test: float = 0.0
+    """The share after that, which is evaluated on once, when the run has ended."""
     held_out_tokens: int = 1_000_000
-    """Prepared corpora: no more than so many of them."""
+    """Prepared corpora: no more than so many of either."""
+    max_epochs: float | None = None
+    """A run that would read a corpus more often is refused; none: it is read as often as the run needs."""
     skip: str = ""
     """Samples that are left out, as the report of a run names them: `1200:1600 9000:9008`."""
 

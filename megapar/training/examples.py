@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from typing import Literal
 
 import numpy as np
 
@@ -25,14 +26,18 @@ from megapar.objectives.sample import IGNORED, Ids, Objective, Sample, collate
 from megapar.objectives.spans import SpanNoise
 from megapar.objectives.ul2 import UL2, ul2_denoisers, ul2r_denoisers
 from megapar.training.config import Config, ObjectiveConfig
+from megapar.training.sections import batches_of, steps_of
 from megapar.training.text import Text, check_ids
 
+Part = Literal["held_out", "test"]
+"""Of the text, that is evaluated on."""
 COUNTED = 2000
 """Training samples whose targets the unigram baseline counts."""
 
 
 class Examples:
-    """What a run trains and is evaluated on. vocab_size: the tokenizer's ids and, after them, the objective's special tokens.
+    """What a run trains and is evaluated on. vocab_size: the tokenizer's ids and, after them, the objective's special tokens. mixture: the
+    names of its objectives, if there are several.
 
     Raises ValueError for settings of the objective that cannot be met, and for a corpus that is short of one sample.
     """
@@ -40,7 +45,8 @@ class Examples:
     def __init__(self, text: Text, config: Config) -> None:
         self.text, self.seed, self.sequence_length = text, config.run.seed, config.data.sequence_length
         self.objective, self.vocab_size = make_objective(config.objective, self.sequence_length, text.tokenizer)
-        self.kind = config.objective.kind
+        self.kind, names = config.objective.kind, self.objective.names
+        self.mixture = names if len(names) > 1 else ()
         self._corpus, stride = config.data.corpus, self.objective.tokens_needed - 1
         self._samplers = [Sampler(tokens, stride, self.seed) for _, tokens in text.parts]
         self._blend = Blend(tuple(weight for weight, _ in text.parts))
@@ -58,7 +64,7 @@ class Examples:
     def batch(self, first: int, count: int) -> TokenBatch:
         """The run's samples first to first + count - 1, of those that are not left out, with their targets."""
         samples = [sample for run in self.remaining.runs(first, count) for sample in self.samples(*run)]
-        return collate(samples, self.sequence_length)
+        return self._collated(samples)
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """Samples with the numbers first to first + count - 1."""
@@ -78,28 +84,41 @@ class Examples:
                 found[place] = self._sample(window, *which, *divmod(number, sampler.samples_per_epoch))
         return [sample for sample in found if sample is not None]
 
-    def held_out(self, count: int) -> Iterator[tuple[str, TokenBatch]]:
-        """Batches of at most `count` samples that cover the held-out text once, each of one objective, whose name is given."""
-        for name, samples in self.held_out_samples().items():
-            for first in range(0, len(samples), count):
-                yield name, collate(samples[first : first + count], self.sequence_length)
+    def evaluation(self, part: Part, count: int) -> Iterator[TokenBatch]:
+        """Batches of at most `count` samples that cover that part of the text once."""
+        samples = self.evaluation_samples(part)
+        for first in range(0, len(samples), count):
+            yield self._collated(samples[first : first + count])
 
-    def held_out_samples(self) -> dict[str, list[Sample]]:
-        """The samples of the held-out text, by objective: a window's last token is the next one's first."""
-        tokens, stride = self.text.held_out, self.objective.tokens_needed - 1
-        found: dict[str, list[Sample]] = {}
-        for number, start in enumerate(range(0, len(tokens) - 1, stride)):
-            sample = self._sample(tokens[start : start + stride + 1], "held out", number)
-            found.setdefault(sample.objective, []).append(sample)
-        return {name: found[name] for name in sorted(found)}
+    def evaluation_samples(self, part: Part) -> list[Sample]:
+        """The samples of that part of the text: a window's last token is the next one's first."""
+        tokens, stride = getattr(self.text, part), self.objective.tokens_needed - 1
+        starts = range(0, len(tokens) - 1, stride)
+        return [self._sample(tokens[start : start + stride + 1], part, number) for number, start in enumerate(starts)]
+
+    def epochs(self, samples: int) -> float:
+        """How often a run of so many samples reads its corpus; of a blend, the corpus that it reads most often."""
+        counts = self._blend.counts(self.numbers(0, samples)[1] if samples else 0)
+        return max(float(count) / sampler.samples_per_epoch for count, sampler in zip(counts, self._samplers, strict=True))
+
+    def check_epochs(self, config: Config) -> None:
+        """Raises ValueError for a run that reads its corpus more than data.max_epochs times."""
+        samples = batches_of(config).samples_after(steps_of(config))
+        epochs, most = self.epochs(samples), config.data.max_epochs
+        if most is not None and not epochs <= most:
+            told = f"the run's {samples:,} samples read data.corpus {epochs:.2f} times and data.max_epochs is {most}"
+            raise ValueError(f"{told}: make the run shorter, give more text, or raise it")
 
     def unigram_loss(self) -> float:
         """Mean nats of the held-out targets under the add-one unigram of the first training samples' targets."""
         counts = np.ones(self.vocab_size)
         for sample in self.samples(0, min(COUNTED, sum(sampler.samples_per_epoch for sampler in self._samplers))):
             counts += np.bincount(_targets(sample), minlength=self.vocab_size)
-        held_out = np.concatenate([_targets(sample) for samples in self.held_out_samples().values() for sample in samples])
+        held_out = np.concatenate([_targets(sample) for sample in self.evaluation_samples("held_out")])
         return float(-np.log(counts / counts.sum())[held_out].mean())
+
+    def _collated(self, samples: list[Sample]) -> TokenBatch:
+        return collate(samples, self.sequence_length, self.mixture)
 
     def _sample(self, window: Ids, *place: int | str) -> Sample:
         return self.objective(window, Generator(self.seed, *place, self.kind))

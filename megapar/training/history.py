@@ -1,8 +1,8 @@
 """What a run's `metrics.jsonl` tells: the line of steps that counts, those that were abandoned, and what happened beside them. Pure.
 
-A record is a step ("loss" and what else was measured), an evaluation ("held_out_loss"), a "checkpoint" that became durable, a "recovery"
-(a skipped step, a rollback, a stop) or a run that "resumed". After a rollback to step k, steps after k come again: the latest record of a
-step counts, and what it replaces is an abandoned line.
+A record is a step ("loss" and what else was measured), an evaluation ("held_out_loss", "test_loss"), a "checkpoint" that became durable, a
+"recovery" (a skipped step, a rollback, a stop) or a run that "resumed". After a rollback to step k, steps after k come again: the latest
+record of a step counts, and what it replaces is an abandoned line.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class History:
-    """Records by kind. steps, evaluations: those that count, by step. abandoned: steps of each line that was left, oldest line first.
+    """Records by kind. steps, evaluations, tests: those that count, by step.
 
-    recoveries: as they were logged, and steps that say themselves that they were skipped.
+    abandoned: steps of each line that was left, oldest line first. recoveries: as they were logged, and steps that say themselves that they
+    were skipped.
     """
 
     steps: list[Record] = field(default_factory=list)
     abandoned: list[list[Record]] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
+    tests: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     recoveries: list[Record] = field(default_factory=list)
     resumes: list[Record] = field(default_factory=list)
@@ -39,6 +41,12 @@ class History:
         at, counts = series(self.steps, "tokens")
         index = np.searchsorted(at, np.asarray([*steps], np.float64), side="right")
         return np.concatenate([[0.0], np.cumsum(counts)])[index]
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of a mixture's."""
+        told = [*(record.get("objectives", {}) for record in self.steps), *(record.get("held_out", {}) for record in self.evaluations)]
+        return sorted({name for each in told for name in each})
 
     @property
     def rolled_back(self) -> list[tuple[int, int]]:
@@ -82,6 +90,8 @@ def history_of(records: Iterable[Record]) -> History:
             found.checkpoints.append(record)
         elif "held_out_loss" in record:
             found.evaluations = [other for other in found.evaluations if other["step"] < step] + [record]
+        elif "test_loss" in record:
+            found.tests = [record]
         elif "loss" in record:
             _abandon(found, step - 1)  # a step that comes again
             found.steps.append(record)
@@ -102,6 +112,7 @@ def _abandon(found: History, step: int) -> None:
     while keep and found.steps[keep - 1]["step"] > step:
         keep -= 1
     if found.steps[keep:]:
+        found.tests = []
         found.abandoned.append(found.steps[keep:])
         del found.steps[keep:]
         found.evaluations = [record for record in found.evaluations if record["step"] <= step]

@@ -12,6 +12,7 @@ from megapar.mesh import ParallelMesh
 from megapar.training.checkpoint.save import Saved
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
+from megapar.training.examples import Part
 from megapar.training.metrics import MetricsFile, Record, RunProgress
 from megapar.training.recovery import Event
 from megapar.training.run_state import RunState
@@ -64,11 +65,11 @@ class Journal:
         if self._progress is not None:
             self._progress.step(record, eta)
 
-    def held_out(self, step: int, loss: float, each: Mapping[str, float]) -> None:
-        """An evaluation, and by objective if there are several."""
-        self._log({"step": step, "held_out_loss": loss} | ({"held_out": dict(each)} if len(each) > 1 else {}))
+    def evaluated(self, step: int, part: Part, loss: float, each: Mapping[str, float]) -> None:
+        """The loss of a part of the text, and by objective if there are several."""
+        self._log({"step": step, f"{part}_loss": loss} | ({part: dict(each)} if len(each) > 1 else {}))
         told = ", ".join(f"{name} {value:.4f}" for name, value in each.items()) if len(each) > 1 else ""
-        self.say(f"step {step}  held-out loss {loss:.4f} nats a token" + (f" ({told})" if told else ""))
+        self.say(f"step {step}  {part.replace('_', '-')} loss {loss:.4f} nats a token" + (f" ({told})" if told else ""))
 
     def resumed(self, step: int, changed: Mapping[str, list[Any]], seconds: float) -> None:
         """A run that goes on, maybe with another config. seconds: that loading took."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from megapar.objectives.causal_lm import IGNORED
 from megapar.pipeline.simulate import Timeline
 from megapar.training.config import Config
 from megapar.training.config_file import to_dict
-from megapar.training.examples import Examples
+from megapar.training.examples import Examples, Part
 from megapar.training.journal import Journal
 from megapar.training.layout import check_layout
 from megapar.training.memory import MemoryPeak, memory_by_kind
@@ -41,15 +41,15 @@ from megapar.training.sections import (
     steps_of,
     with_dp,
 )
-from megapar.training.step import StepResult, TrainStep, zero
+from megapar.training.step import StepResult, Sums, TrainStep, zero
 from megapar.training.text import load_text_together
 from megapar.transport import host_device, start_all_reduce
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a run ended. saved: whether its last step is in a checkpoint. timeline: of its last step, on rank 0; None without a pipeline.
-    memory: bytes of this rank, by kind."""
+    """Where a run ended. saved: whether its last step is in a checkpoint. test_loss: None without data.test. timeline: of its last step, on
+    rank 0; None without a pipeline. memory: bytes of this rank, by kind."""
 
     model: PipelinedDecoder
     examples: Examples
@@ -57,6 +57,7 @@ class Trained:
     interrupted: bool
     saved: bool
     held_out_loss: float | None
+    test_loss: float | None
     out: Path
     timeline: Timeline | None
     memory: dict[str, int]
@@ -76,6 +77,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         text = load_text_together(config.data, mesh)
         text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
         examples = Examples(text, config)
+        examples.check_epochs(config)
         peak = MemoryPeak(mesh.device)
         model = PipelinedDecoder(
             config.model,
@@ -89,30 +91,31 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
             seed=config.run.seed,
             optimize=zero(config.optimizer, mesh, config.parallel, precision_of(config.precision), load_later=resumes(config)),
         )
-        run = _Run(config, mesh, examples, TrainStep(model, mesh, config.optimizer.z_loss), peak)
+        run = _Run(config, mesh, examples, TrainStep(model, mesh, config.optimizer.z_loss, examples.mixture), peak)
     # The handlers stay while a failure is named: the launcher, which sees a death too, sends SIGTERM to the others
     # (tests/training/test_interrupts.py::test_a_rank_that_dies_is_named_and_ends_the_others).
     with _interrupts() as interrupted, together(mesh, "training"):
         return run.go(interrupted)
 
 
-def evaluate(step: TrainStep, examples: Examples, count: int) -> dict[str, tuple[float, int]]:
-    """(sum of the losses in nats, how many) over every held-out target, by objective; `count` samples in a micro-batch.
+def evaluate(step: TrainStep, examples: Examples, count: int, part: Part = "held_out") -> Sums:
+    """Over every target of a part of the text; `count` samples in a micro-batch.
 
     The replicas take turns, and all of them run as many micro-batches: one that has none left takes one without targets.
     """
-    found: dict[str, tuple[float, int]] = {}
+    found: Sums = {}
     # Not as many as a step has, which may change: sums are taken in one order
     # (test_reshard.py::test_a_batch_that_grows_across_a_stop_and_another_world_takes_each_sample_once).
     together, dp = 2 * step.model.runner.schedule.stages, step.mesh.dp
-    for name, batches in groupby(examples.held_out(count), key=lambda named: named[0]):
-        waiting = iter([batch.to(step.mesh.device) for _, batch in batches])
-        while some := list(islice(waiting, together * dp.size)):
-            while len(some) % dp.size:
-                some.append(replace(some[0], targets=torch.full_like(some[0].tokens, IGNORED)))
-            (total, counted), (loss, more) = found.get(name, (0.0, 0)), step.evaluate(some[dp.rank :: dp.size])
-            found[name] = (total + loss, counted + more)
-    return found
+    waiting = (batch.to(step.mesh.device) for batch in examples.evaluation(part, count))
+    while some := list(islice(waiting, together * dp.size)):
+        while len(some) % dp.size:
+            some.append(replace(some[0], targets=torch.full_like(some[0].tokens, IGNORED)))
+        loss, counted, each = step.evaluate(some[dp.rank :: dp.size])
+        for name, (more, n) in (each or {examples.objective.name: (loss, counted)}).items():
+            total, before = found.get(name, (0.0, 0))
+            found[name] = (total + more, before + n)
+    return {name: sums for name, sums in found.items() if sums[1]}
 
 
 class _Run:
@@ -135,12 +138,13 @@ class _Run:
             raise
         parameters = sum(p.numel() for p in self.model.grads.params)
         self.journal.say(examples.text.description)
+        self.journal.say(f"the run reads it {examples.epochs(self.rates.batches.samples_after(self.steps)):.2f} times")
         self.journal.say(f"{mesh}, {torch.get_num_threads()} threads a rank, {parameters:,} parameters on this rank")
         if self.state.step:
             self.journal.resumed(self.state.step, changed, time.perf_counter() - begin)
 
     def go(self, interrupted: list[bool]) -> Trained:
-        run, stopped, saved, loss = self.config.run, False, False, None
+        run, stopped, saved, loss, test_loss = self.config.run, False, False, None, None
         try:
             if 0 < self.state.step < self.steps and self._evaluates():
                 self._evaluate()  # the run that stopped here may not have come to it
@@ -156,12 +160,14 @@ class _Run:
             self.journal.saved(ended, self.state.step)
             saved = bool(run.save_every) and self.checkpoints.newest == self.state.step
             memory = memory_by_kind(self.train_step.optimizer, self.peak)
-            loss = None if stopped else self._evaluate()
+            if not stopped:
+                loss = self._evaluate()
+                test_loss = self._evaluate("test") if len(self.examples.text.test) else None
         finally:
             self._close()
             self.journal.close()
         timeline = self.model.runner.timeline() if self.mesh.pp.size > 1 else None
-        return Trained(self.model, self.examples, self.state.step, stopped, saved, loss, self.out, timeline, memory)
+        return Trained(self.model, self.examples, self.state.step, stopped, saved, loss, test_loss, self.out, timeline, memory)
 
     def _close(self) -> None:
         self.prefetch.close()
@@ -226,6 +232,8 @@ class _Run:
         record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, "peak_bytes": self.peak.bytes()}
         if self.train_step.optimizer.precision.scaler is not None:
             record["loss_scale"] = result.loss_scale
+        if result.objectives:
+            record["objectives"] = dict(result.objectives)
         if result.skipped:
             record |= {"skipped": 1, "reason": "overflow" if verdict is None else verdict.reason}
         self.journal.step(record, (self.steps - self.state.step - 1) * seconds)
@@ -252,12 +260,12 @@ class _Run:
         every = self.config.run.eval_every
         return every > 0 and self.state.step % every == 0
 
-    def _evaluate(self) -> float:
-        found = evaluate(self.train_step, self.examples, self.size)
+    def _evaluate(self, part: Part = "held_out") -> float:
+        found = evaluate(self.train_step, self.examples, self.size, part)
         self.train_step.optimizer.release()
         losses = {name: total / count for name, (total, count) in found.items()}
         loss = sum(total for total, _ in found.values()) / sum(count for _, count in found.values())
-        self.journal.held_out(self.state.step, loss, losses)
+        self.journal.evaluated(self.state.step, part, loss, losses)
         return loss
 
 

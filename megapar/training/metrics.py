@@ -34,7 +34,7 @@ class MetricsFile:
         records += [{"step": rollback["step"], "recovery": rollback} for rollback in rollbacks[told:]]
         turns = [place for place, record in enumerate(records, 1) if _rolls_back(record)]
         left = turns[-1] if turns else 0
-        kept = records[:left] + [r for r in records[left:] if r["step"] <= resumed_step - ("held_out_loss" in r)]
+        kept = records[:left] + [r for r in records[left:] if r["step"] <= resumed_step - ("held_out_loss" in r or "test_loss" in r)]
         partial = path.with_name(path.name + ".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(partial, path)

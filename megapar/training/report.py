@@ -41,12 +41,14 @@ def report(trained: Trained, config: Config, mesh: ParallelMesh) -> str:
         return ""
     baselines = _baselines(trained.examples)
     (out / "sample.txt").write_text(sample, encoding="utf-8")
-    summary = {"held_out_loss": trained.held_out_loss, **baselines, "steps": trained.step, "memory": trained.memory}
+    losses = {"held_out_loss": trained.held_out_loss} | ({} if trained.test_loss is None else {"test_loss": trained.test_loss})
+    summary = {**losses, **baselines, "steps": trained.step, "memory": trained.memory}
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     page, *_ = write_report(out / "metrics.jsonl", out / "report.html")
     lines = [
         "",
         f"held-out loss {trained.held_out_loss:.4f} nats a token over a text of {len(text.held_out) - 1:,} tokens",
+        *([] if trained.test_loss is None else [f"test loss {trained.test_loss:.4f} over {len(text.test) - 1:,}"]),
         *(f"   {name:<10} {value:.4f}" for name, value in baselines.items()),
         "memory of rank 0, MB: " + ", ".join(f"{kind.replace('_', ' ')} {size / 1e6:.0f}" for kind, size in trained.memory.items()),
         "",

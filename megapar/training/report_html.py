@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megapar.training.history import History, read_history, series
+from megapar.training.history import History, read_history, running_mean, series
 from megapar.training.report_plots import Plots, draw_plots
 
-NOT_BASELINES = {"held_out_loss", "steps", "memory"}
+NOT_BASELINES = {"held_out_loss", "test_loss", "steps", "memory"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 img { max-width: 100%; height: auto }
@@ -64,6 +64,7 @@ def _page(metrics: Path, history: History, config: Mapping[str, Any], baselines:
         picture = f'<img id="{escape(name)}" alt="{escape(caption)}" src="data:image/png;base64,{source}">'
         parts.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
     for heading, columns, rows in (
+        ("Loss by objective, nats a token", ["", "training, running mean", "held out", "test"], _objectives(history)),
         ("Skipped steps and rollbacks", ["step", "action", "reason", "back to step", "samples"], _recoveries(history)),
         ("Checkpoints", ["of step", "durable at step", "stall, s", "seconds", "MB", "error"], _checkpoints(history)),
         ("Resumed", ["at step", "changed"], _resumes(history)),
@@ -88,6 +89,7 @@ def _summary(history: History, baselines: Mapping[str, float]) -> list[list[str]
         if np.isfinite(losses).any():
             best = int(np.nanargmin(losses))
             rows.append(["held-out loss, best", f"{losses[best]:.4f} at step {steps[best]:.0f}"])
+    rows += [["test loss", f"{record['test_loss']:.4f} at step {record['step']}"] for record in history.tests]
     rows += [[f"baseline {name}", f"{value:.4f}"] for name, value in baselines.items()]
     for label, name, pick, unit in (
         ("tokens a second, median", "tokens_per_second", np.median, 1.0),
@@ -102,6 +104,15 @@ def _summary(history: History, baselines: Mapping[str, float]) -> list[list[str]
         rows.append(["checkpoints", f"{len(history.checkpoints)}, training stood still for {stalls.sum():.2f} s"])
     lost = sum(len(line) for line in history.abandoned)
     return [*rows, ["skipped steps", _number(len(history.skipped))], ["steps undone", _number(lost)]]
+
+
+def _objectives(history: History) -> list[list[str]]:
+    rows = []
+    for name in history.objectives:
+        losses = [running_mean(series(history.steps, "objectives", name)[1])]
+        losses += [[*series(records, part, name)[1]] for records, part in ((history.evaluations, "held_out"), (history.tests, "test"))]
+        rows.append([name, *(f"{found[-1]:.4f}" if found else "" for found in losses)])
+    return rows
 
 
 def _recoveries(history: History) -> list[list[str]]:

@@ -40,8 +40,9 @@ def draw_plots(history: History, baselines: Mapping[str, float]) -> Plots:
         plots["loss"] = _picture("Loss over steps", "step", lambda axes: _loss(axes, history, baselines, over_tokens=False))
     if series(history.steps, "tokens")[1].any():
         plots["loss-tokens"] = _picture("Loss over tokens", "tokens", lambda axes: _loss(axes, history, baselines, over_tokens=True))
-    if any("held_out" in record for record in history.evaluations):
-        plots["held-out"] = _picture("Held-out loss by objective", "step", lambda axes: _by_objective(axes, history))
+    if history.objectives:
+        caption = "Loss by objective: training (running mean), held out (dots)"
+        plots["objectives"] = _picture(caption, "step", lambda axes: _by_objective(axes, history))
     for key, caption, unit, scale in MEASURES:
         if series(history.steps, key)[0].size:
             plots[key.replace("_", "-")] = _picture(caption, "step", _measure(history, key, caption, unit, scale))
@@ -123,8 +124,11 @@ def _measure(history: History, key: str, caption: str, unit: float, scale: str) 
 
 
 def _by_objective(axes: Axes, history: History) -> None:
-    for name in sorted({name for record in history.evaluations for name in record.get("held_out", {})}):
-        axes.plot(*series(history.evaluations, "held_out", name), "o-", markersize=4, label=name)
+    for number, name in enumerate(history.objectives):
+        color = f"C{number % 10}"
+        steps, losses = series(history.steps, "objectives", name)
+        axes.plot(steps, running_mean(losses), color=color, linewidth=1.0, label=name)
+        axes.plot(*series(history.evaluations, "held_out", name), "o", color=color, markersize=5, label=name if not steps.size else None)
     axes.set_ylabel("loss (nats a token)")
 
 

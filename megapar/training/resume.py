@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     *("run.eval_every", "run.save_every", "run.async_save", "run.keep_last", "run.keep_every"),
     *("run.micro_batch_size", "run.microbatches"),
     *("data.corpus", "data.tokenizer"),  # what is in them is compared
+    "data.max_epochs",
 )
 """What may differ between a run and the one that it resumes, keys and sections: how it is computed and told, not what."""
 

@@ -23,7 +23,7 @@ COUNTED_TOKENS = 20_000_000
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenized corpus, or a blend. `held_out` are ids; `description` says in a line what it is.
+    """A tokenized corpus, or a blend. `held_out` and `test` are ids; `description` says in a line what it is.
 
     train: the training ids, for a prepared corpus a part of them: what the models that count are trained on. parts: all of them, each
     corpus's weight and ids, which may be a mapped file.
@@ -32,6 +32,7 @@ class Text:
     tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
+    test: np.ndarray
     description: str
     corpus_sha256: str
     parts: tuple[tuple[float, np.ndarray], ...]
@@ -43,17 +44,16 @@ def load_text(config: DataConfig) -> Text:
     if prepared is not None:
         if config.max_bytes is not None:
             raise ValueError(f"data.max_bytes={config.max_bytes} is for text, and data.corpus {config.corpus} is prepared: leave it out")
-        return _blend(config, [open_corpus(name, weight, config.held_out) for weight, name in prepared])
+        return _blend(config, [open_corpus(name, weight, config.held_out, config.test) for weight, name in prepared])
     corpus = load_corpus(config.corpus, config.max_bytes)
     tokenizer = load_tokenizer(config.tokenizer, corpus, config.vocab_size)
-    train, held_out = split_held_out(tokenize(corpus, tokenizer), config.held_out)
-    if len(held_out) < 2:
-        raise ValueError(f"corpus {config.corpus} leaves {len(held_out)} held-out tokens of 2 needed: give more or raise data.held_out")
+    train, held_out, test = split_held_out(tokenize(corpus, tokenizer), config.held_out, config.test)
+    _check_parts(config, held_out, test)
     description = (
         f"corpus {corpus.source}: {corpus.num_bytes:,} bytes, sha256 {corpus.sha256[:16]}; tokenizer {tokenizer.name}: "
         f"{tokenizer.vocab_size:,} ids; {len(train):,} training and {len(held_out):,} held-out tokens"
-    )
-    return Text(tokenizer, train, held_out, description, corpus.sha256, ((1.0, train),))
+    ) + (f", {len(test):,} test tokens" if len(test) else "")
+    return Text(tokenizer, train, held_out, test, description, corpus.sha256, ((1.0, train),))
 
 
 def _blend(config: DataConfig, corpora: list[PreparedCorpus]) -> Text:
@@ -64,21 +64,28 @@ def _blend(config: DataConfig, corpora: list[PreparedCorpus]) -> Text:
     total = sum(corpus.weight for corpus in corpora)
     shares = [corpus.weight / total for corpus in corpora]
     train = [corpus.train[: int(COUNTED_TOKENS * share)] for share, corpus in zip(shares, corpora, strict=True)]
-    held_out = [corpus.held_out[: max(2, int(config.held_out_tokens * share))] for share, corpus in zip(shares, corpora, strict=True)]
-    counted, evaluated = (np.concatenate(arrays).astype(np.int32) for arrays in (train, held_out))
-    if len(evaluated) < 2:
-        raise ValueError(f"data.corpus {config.corpus} leaves {len(evaluated)} held-out tokens of 2 needed: raise data.held_out")
-    for ids in (counted, evaluated):
+    most = [max(2, int(config.held_out_tokens * share)) for share in shares]
+    held_out = [corpus.held_out[:limit] for limit, corpus in zip(most, corpora, strict=True)]
+    test = [corpus.test[:limit] for limit, corpus in zip(most, corpora, strict=True)]
+    counted, evaluated, tested = (np.concatenate(arrays).astype(np.int32) for arrays in (train, held_out, test))
+    _check_parts(config, evaluated, tested)
+    for ids in (counted, evaluated, tested):
         check_ids(ids, tokenizers[0], config.corpus)
     told = [f"{share:.3g} of {corpus.name}: {corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
             f"fingerprint {corpus.fingerprint[:16]}" for share, corpus in zip(shares, corpora, strict=True)]  # fmt: skip
     description = (
         f"corpus {'; '.join(told)}; tokenizer {tokenizers[0].name}: {tokenizers[0].vocab_size:,} ids; "
-        f"{len(evaluated):,} held-out tokens; models that count see {len(counted):,} training tokens"
+        f"{len(evaluated):,} held-out and {len(tested):,} test tokens; models that count see {len(counted):,} training tokens"
     )
     digest = hashlib.sha256(repr([(share, corpus.fingerprint) for share, corpus in zip(shares, corpora, strict=True)]).encode())
     parts = tuple((share, corpus.train) for share, corpus in zip(shares, corpora, strict=True))
-    return Text(tokenizers[0], counted, evaluated, description, digest.hexdigest(), parts)
+    return Text(tokenizers[0], counted, evaluated, tested, description, digest.hexdigest(), parts)
+
+
+def _check_parts(config: DataConfig, held_out: np.ndarray, test: np.ndarray) -> None:
+    for key, share, part in (("held_out", config.held_out, held_out), ("test", config.test, test)):
+        if share and len(part) < 2:
+            raise ValueError(f"corpus {config.corpus} leaves {len(part)} {key} tokens of 2 needed: give more text or raise data.{key}")
 
 
 def check_ids(ids: np.ndarray, tokenizer: Tokenizer, corpus: str) -> None:

@@ -197,12 +197,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         apply_adamw(shards, self.step_state, row, options, self.update.seed)
 
-    def _share_weights(self) -> None:
+    def _share_weights(self, ahead: bool = True) -> None:
         """Whole weights from everybody's updated shards: now, or in stage 3 and with gather_ahead when a module needs them."""
         if self.weights.sharded:
             self.gathers.release()
         elif not self.weights.replicated:
-            (self.gathers.start_all if self.options.gather_ahead else self.gathers.gather_all)()
+            (self.gathers.start_all if ahead and self.options.gather_ahead else self.gathers.gather_all)()
         # Written behind autograd's back: a graph that saved the old weights must not be run backward.
         torch.autograd.graph.increment_version(self._listed.params)
         self._untouched.remember()
@@ -234,7 +234,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def loaded(self) -> None:
         """Makes whole weights of what was written to `boxes`."""
         self._has_values = True
-        self._share_weights()
+        self._share_weights(ahead=False)  # memory is short when a model is loaded (test_memory.py)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of weights and optimizer state, as boxes of logical tensors: any layout can load those of all ranks."""

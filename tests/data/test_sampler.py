@@ -99,14 +99,17 @@ def test_bad_batch_is_refused(first: int, count: int) -> None:
         Sampler(tokens_of(9), 2, 0).batch(first, count)
 
 
-@given(num_tokens=st.integers(1, 500), fraction=st.floats(0.01, 0.99))
-def test_split_holds_out_the_tail(num_tokens: int, fraction: float) -> None:
-    train, held_out = split_held_out(tokens_of(num_tokens), fraction)
-    assert np.concatenate([train, held_out]).tolist() == list(range(num_tokens))
-    assert len(train) == int(num_tokens * (1 - fraction))
+@given(num_tokens=st.integers(1, 500), held_out=st.floats(0.01, 0.6), test=st.sampled_from([0.0, 0.1, 0.39]))
+def test_split_holds_out_the_tail(num_tokens: int, held_out: float, test: float) -> None:
+    parts = split_held_out(tokens_of(num_tokens), held_out, test)
+    assert np.concatenate(parts).tolist() == list(range(num_tokens))
+    assert len(parts[0]) == int(num_tokens * (1 - (held_out + test)))
+    assert len(parts[2]) == num_tokens - int(num_tokens * (1 - test))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 5, float("nan")])
-def test_fraction_outside_zero_and_one_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"fraction is {fraction}, .*use for example 0.05"):
-        split_held_out(tokens_of(10), fraction)
+@pytest.mark.parametrize(
+    ("held_out", "test"), [(0.0, 0), (1.0, 0), (-0.1, 0), (5, 0), (float("nan"), 0), (0.5, 0.5), (0.5, -0.1), (0.5, float("nan"))]
+)
+def test_shares_that_leave_nothing_are_refused(held_out: float, test: float) -> None:
+    with pytest.raises(ValueError, match=rf"held_out is {held_out} and data.test {test}, .*use for example 0.05"):
+        split_held_out(tokens_of(10), held_out, test)

@@ -87,6 +87,31 @@ def test_ranks(ranks, rows, sequence_parallel):
     ranks.run(2, check_ranks, rows, sequence_parallel, 0.25)
 
 
+def token_losses(sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    """(loss of each token, their sum)."""
+    tp = ParallelMesh(tp=2).tp
+    x, weight, target = inputs(torch.float32)
+    start, stop = split(V, 2)[tp.rank]
+    rows = F.pad(x, (0, 0, 0, T % 2))[tp.rank * 7 :][:7] if sequence_parallel else x
+    losses = torch.full((T,), float("nan"))
+    options = {"vocab_size": V, "sequence_parallel": sequence_parallel, "z_loss": Z_LOSS, "token_losses": losses}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 4)
+        total = vocab_parallel_linear_cross_entropy(rows, weight[start:stop].clone().requires_grad_(), target, tp=tp, **options)
+    return losses, total.detach()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_loss_of_each_token(ranks, sequence_parallel):
+    x, weight, target = inputs()
+    logits = x @ weight.t()
+    want = F.cross_entropy(logits, target, reduction="none") + Z_LOSS * logits.logsumexp(-1).square() * (target != -100)
+    for losses, total in ranks.run(2, token_losses, sequence_parallel):
+        torch.testing.assert_close(losses.double(), want, rtol=1e-5, atol=1e-5)
+        assert losses[3] == 0, "which is ignored"
+        torch.testing.assert_close(total, losses.sum())
+
+
 def test_any_seed():
     """bf16: a seed that is no power of two reaches every gradient without an error of its own."""
     x, weight, target = inputs(torch.bfloat16)

@@ -1,6 +1,7 @@
 """Samples: bad text refused by every objective, one sample an index, packing and batches against their definition."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -99,6 +100,15 @@ def test_collate():
     assert batch.prefix_len.tolist() == [0] * 6 + [3] * 5 + [0]
     batch = collate(pack([causal, prefix], 8), 9)
     assert batch.segment_ids is not None and batch.segment_ids.tolist() == [0] * 3 + [1] * 5 + [-1]
+
+
+def test_objectives_of_a_mixture_are_numbered():
+    samples = [Sample.of(np.arange(1, 5), name) for name in ("b", "a", "b")]
+    ids = collate(samples, 4, ("a", "unused", "b")).objective_ids
+    assert ids is not None and ids.tolist() == [2, 0, 2]
+    assert collate(samples, 4).objective_ids is None
+    with pytest.raises(ValueError, match=re.escape("samples are of ['b'] and the objectives are ['a']: name all of them")):
+        collate(samples, 4, ("a",))
 
 
 def test_refusals():

@@ -1,6 +1,8 @@
 """The run's samples: a function of seed and number for every objective, special tokens after the text's, held-out text once."""
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +63,13 @@ def test_a_sample_is_a_function_of_its_number(text, tmp_path, kind):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_held_out_text_is_covered_once(text, tmp_path, kind):
     examples = Examples(text, config_for(tmp_path, OBJECTIVES[kind][0]))
-    samples = [sample for group in examples.held_out_samples().values() for sample in group]
-    counted = sum(int((batch.targets != IGNORED).sum()) for _, batch in examples.held_out(3))
+    samples = examples.evaluation_samples("held_out")
+    counted = sum(int((batch.targets != IGNORED).sum()) for batch in examples.evaluation("held_out", 3))
     assert counted == sum(int((sample.targets != IGNORED).sum()) for sample in samples) > 0
     if kind == "causal_lm":
         found = np.concatenate([sample.targets for sample in samples])
         assert len(found) == len(text.held_out) - 1
-    assert list(examples.held_out_samples()) == sorted({sample.objective for sample in samples})
+    assert {sample.objective for sample in samples} <= {*(examples.mixture or (kind,))}
 
 
 def test_fim_takes_the_resets(text, tmp_path):
@@ -82,7 +84,7 @@ def test_unigram_loss_of_targets_by_hand(text, tmp_path):
     examples = Examples(text, config_for(tmp_path, OBJECTIVES["denoising"][0]))
     targets = np.concatenate([s.targets[s.targets != IGNORED] for s in examples.samples(0, examples._samplers[0].samples_per_epoch)])
     counts = np.bincount(targets, minlength=examples.vocab_size) + 1
-    held_out = [t for group in examples.held_out_samples().values() for s in group for t in s.targets if t != IGNORED]
+    held_out = [t for s in examples.evaluation_samples("held_out") for t in s.targets if t != IGNORED]
     assert examples.unigram_loss() == pytest.approx(np.mean([-np.log(counts[t] / counts.sum()) for t in held_out]))
 
 
@@ -108,8 +110,23 @@ def test_every_objective_trains_alike_in_every_layout(ranks, tmp_path, monkeypat
         losses = ranks.run(tp * pp, run, config_for(folder, OBJECTIVES[kind][0], tp=tp, pp=pp))
         assert losses == [losses[0]] * 2
         assert losses[0] == pytest.approx(found[1, 1], abs=1e-4)
-    last = read_metrics(alone / "out" / "metrics.jsonl")[-1]
+    *steps, last = read_metrics(alone / "out" / "metrics.jsonl")
     assert (set(last.get("held_out", {})) > {"ul2/R1", "ul2/S"}) == (kind == "ul2")
+    assert {name.startswith("ul2/") for record in steps for name in record.get("objectives", {})} == ({True} if kind == "ul2" else set())
+
+
+def test_the_test_part_is_evaluated_at_the_end(tmp_path, capsys):
+    config = config_for(tmp_path, OBJECTIVES["ul2"][0])
+    config = replace(config, data=replace(config.data, test=0.1), run=replace(config.run, eval_every=2))
+    mesh = ParallelMesh.alone()
+    trained = train(config, mesh)
+    *_, before, last = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert before["held_out_loss"] == trained.held_out_loss != last["test_loss"] == trained.test_loss
+    assert set(last["test"]) > {"ul2/R1", "ul2/S"}
+    assert f"test loss {trained.test_loss:.4f}" in report(trained, config, mesh)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["test_loss"] == trained.test_loss
+    assert not any("test_loss" in record for record in read_metrics(tmp_path / "out" / "metrics.jsonl")[:-1])
+    assert "the run reads it 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

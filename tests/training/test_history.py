@@ -27,6 +27,17 @@ def test_the_latest_record_of_a_step_counts():
     assert history.rolled_back == [(1, 3)] and history.skipped == []
 
 
+def test_the_test_loss_is_that_of_the_line_that_counts():
+    told = [step(1), step(2), {"step": 2, "test_loss": 3.0}]
+    assert [r["test_loss"] for r in history_of(told).tests] == [3.0]
+    assert history_of([*told, step(2)]).tests == [], "of weights that are no more"
+
+
+def test_objectives_are_named_once():
+    records = [step(1, objectives={"b": 1.0}), step(2, objectives={"a": 1.0}), {"step": 2, "held_out_loss": 1.0, "held_out": {"c": 2.0}}]
+    assert history_of(records).objectives == ["a", "b", "c"]
+
+
 def test_a_run_that_ends_before_it_was_where_it_had_been():
     """What the rollback undid does not count though nothing came in its place."""
     history = history_of([step(1), step(2), step(3), rollback(3, 1), step(2)])

@@ -1,6 +1,7 @@
 """Runs on prepared corpora: one is the text tokenized at the start, a blend is its corpora's samples, what does not fit is refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,35 @@ def test_a_blend_is_its_corpora_samples_in_any_cut(tmp_path):
     assert len({text.corpus_sha256, other.corpus_sha256, load_text(config_for(names[0]).data).corpus_sha256}) == 3
     limited = load_text(replace(config.data, held_out_tokens=40))
     assert len(limited.held_out) == 40 and limited.train.tolist() == text.train.tolist()
+
+
+def test_the_last_documents_are_the_test_part(tmp_path):
+    name = made(tmp_path, "a", 0)
+    without, text = load_text(config_for(name, held_out=0.3).data), load_text(config_for(name, held_out=0.1, test=0.2).data)
+    assert text.train.tolist() == without.train.tolist() and not len(without.test)
+    assert np.concatenate([text.held_out, text.test]).tolist() == without.held_out.tolist()
+    assert [int((part == text.tokenizer.end_of_text).sum()) for part in (text.held_out, text.test)] == [10, 20]
+    assert text.test[-1] == text.held_out[-1] == text.tokenizer.end_of_text
+    with pytest.raises(ValueError, match=re.escape("leave none to the share 0.001")):
+        load_text(config_for(name, held_out=0.1, test=0.001).data)
+
+
+def test_how_often_the_corpora_are_read(tmp_path):
+    names = [made(tmp_path, "a", 0), made(tmp_path, "b", 1, 20)]
+    config = config_for(f"0.5:{names[0]} 0.5:{names[1]}")
+    small = Examples(load_text(config_for(names[1]).data), config)._samplers[0].samples_per_epoch
+    config = replace(config, run=replace(config.run, steps=-(-2 * small // 4)))  # half of these samples are of the small corpus
+    examples = Examples(load_text(config.data), config)
+    assert examples.epochs(2 * small) == pytest.approx(1, abs=1 / small) and examples.epochs(0) == 0
+    examples.leave_out([(0, 2 * small)])
+    assert examples.epochs(2 * small) == pytest.approx(2, abs=1 / small)
+    for limit, fits in ((0.9, False), (1.2, True), (0.0, False)):
+        limited = replace(config, data=replace(config.data, max_epochs=limit))
+        if fits:
+            Examples(load_text(config.data), config).check_epochs(limited)
+        else:
+            with pytest.raises(ValueError, match=rf"read data.corpus 1.0. times and data.max_epochs is {limit}: make the run shorter"):
+                train(limited, ParallelMesh.alone())
 
 
 def test_a_run(tmp_path, monkeypatch):

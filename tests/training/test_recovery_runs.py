@@ -56,8 +56,8 @@ def run(config: Config, poison: float | None = None) -> str:
         window[:] = [torch.from_numpy(real_samples(self, BAD, 1)[0].tokens)]
         return found
 
-    def loss(self: TrainStep, output: torch.Tensor, batch: Any, z_loss: float = 0.0) -> Any:
-        total, counted = real_loss(self, output, batch, z_loss)
+    def loss(self: TrainStep, output: torch.Tensor, batch: Any, **options: Any) -> Any:
+        total, counted = real_loss(self, output, batch, **options)
         bad = bool(window) and bool((batch.tokens.view(batch.b, batch.s) == window[0]).all(1).any())
         return (total * poison if bad and poison else total), counted
 
@@ -132,12 +132,12 @@ def test_rollbacks_are_bounded(tmp_path, monkeypatch):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     real, calls = TrainStep.loss, []
 
-    def loss(self: TrainStep, *rest: Any) -> Any:
+    def loss(self: TrainStep, *rest: Any, **options: Any) -> Any:
         calls.append(1)
-        total, counted = real(self, *rest)
+        total, counted = real(self, *rest, **options)
         return (total * NAN if len(calls) > 6 else total), counted
 
-    monkeypatch.setattr(TrainStep, "loss", lambda self, output, batch, z_loss=0.0: loss(self, output, batch, z_loss))
+    monkeypatch.setattr(TrainStep, "loss", loss)
     with pytest.raises(ValueError, match="rolled back 2 times already"):
         train(config, ParallelMesh.alone())
     events = events_of(config, "recovery")

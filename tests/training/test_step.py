@@ -215,7 +215,7 @@ def with_z_loss(tp: int) -> list[Any]:
     step.accumulate(batches(0)[:1])
     gradient = model.stages[0].norm.weight.main_grad.clone()
     result = step.update(1e-9)
-    return [result.loss, gradient, *step.evaluate(batches(0)[:1])]
+    return [result.loss, gradient, *step.evaluate(batches(0)[:1])[:2]]
 
 
 def test_z_loss_is_trained_and_not_evaluated(ranks):
@@ -230,6 +230,55 @@ def test_z_loss_is_trained_and_not_evaluated(ranks):
             assert loss == pytest.approx(float(trained) / count, rel=1e-5)
             assert evaluated == pytest.approx(float(plain), rel=1e-5)
             torch.testing.assert_close(gradient.double(), model.norm.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+NAMES = ("plain", "never", "noised")
+
+
+def mixed(step: int) -> list[TokenBatch]:
+    """Three micro-batches of two sequences: plain and noised, two noised ones, noised and plain."""
+    ids = [[0, 2], [2, 2], [2, 0]]
+    return [replace(batch, objective_ids=torch.tensor(which)) for batch, which in zip(batches(step), ids, strict=True)]
+
+
+def by_objective(options: dict[str, Any], schedule: Schedule | None, dp: int) -> list[Any]:
+    """[loss, tokens and losses by objective of a step, the sums of an evaluation], of these batches, once in all replicas together."""
+    mesh = ParallelMesh(**options)
+    model = PipelinedDecoder(replace(LLAMA, layers=2), VOCAB, mesh, seed=1, schedule=schedule, optimize=zero(SMOOTH, mesh))
+    step, mine = TrainStep(model, mesh, objectives=NAMES), mixed(0)[mesh.dp.rank :: dp]
+    some = [mine] if schedule is not None else [[batch] for batch in mine]
+    evaluated = step.evaluate(mine + mine[:1] * (len(mixed(0)[::dp]) - len(mine)))
+    for number, together in enumerate(some):
+        step.accumulate(together, last=number == len(some) - 1)
+    result = step.update(1e-9)
+    return [result.loss, result.tokens, dict(result.objectives), *evaluated]
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [({}, None), ({"tp": 2}, None), ({"pp": 2}, make_schedule("1f1b", 2, 1, 3)), ({"tp": 2, "pp": 2}, make_schedule("gpipe", 2, 1, 3))],
+)
+def test_losses_by_objective_are_those_of_their_sequences(ranks, options, schedule):
+    model = Decoder(replace(LLAMA, layers=2), VOCAB, ParallelMesh.alone(), seed=1).double()
+    losses = torch.stack(
+        [F.cross_entropy(model(inputs), targets.flatten(), reduction="none").view(2, -1) for inputs, targets in micro_batches(0)]
+    )
+    counted = torch.stack([(targets != IGNORED) for _, targets in micro_batches(0)])
+    noised = torch.tensor([[0, 1], [1, 1], [1, 0]])[..., None].bool().expand_as(counted)
+    want = {name: (float(losses[where].sum()), int(counted[where].sum())) for name, where in (("plain", ~noised), ("noised", noised))}
+    assert want["plain"][1] != want["noised"][1] > 0
+    means = {name: pytest.approx(total / count, rel=1e-5) for name, (total, count) in want.items()}
+    sums = {"never": (0.0, 0)} | {name: (pytest.approx(total, rel=1e-5), count) for name, (total, count) in want.items()}
+    size = options.get("tp", 1) * options.get("pp", 1)
+    for loss, tokens, objectives, total, count, each in ranks.run(size, by_objective, options, schedule, 1):
+        assert objectives == means and each == sums
+        assert tokens == count == int(counted.sum())
+        assert loss * tokens == pytest.approx(total, rel=1e-5) == sum(value for value, _ in each.values())
+
+
+def test_losses_by_objective_are_those_of_all_replicas(ranks):
+    (alone,), (first, second) = ranks.run(1, by_objective, {}, None, 1), ranks.run(2, by_objective, {}, None, 2)
+    assert first == second and first[2] == pytest.approx(alone[2], rel=1e-6)
 
 
 def embedding_gradients(tp: int, factor: float) -> list[torch.Tensor]:
