@@ -234,7 +234,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def loaded(self) -> None:
         """Makes whole weights of what was written to `boxes`."""
         self._has_values = True
-        self._share_weights(ahead=False)  # memory is short when a model is loaded (test_memory.py)
+        self._share_weights(ahead=False)  # gathers under way hold all weights again (test_copies_and_rollbacks)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of weights and optimizer state, as boxes of logical tensors: any layout can load those of all ranks."""
