@@ -35,7 +35,6 @@ NAMES = (
     "prepare",
     "build_time",
     "batch_ramp",
-    "checkpoint",
     "convergence",
 )
 PAGE = RESULTS.parent / "RESULTS.md"
