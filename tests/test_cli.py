@@ -71,7 +71,8 @@ def test_help_of_train_lists_the_keys(capsys):
         main(["train", "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    for key in ("--optimizer.lr", "--run.save-every", "--save-every", "--model.kv-heads", "--parallel.sequence-parallel"):
+    keys = ("--optimizer.lr", "--run.save-every", "--save-every", "--model.kv-heads", "--model.attention", "--parallel.sequence-parallel")
+    for key in keys:
         assert key in out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from megapar.batch import TokenBatch
 from megapar.collectives import with_summed_grad
 from megapar.layers.checkpointed import checkpointed
+from megapar.layers.flex_attention import SMALLEST_HEAD, flex_attention
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
 from megapar.layers.linear_function import row_linear
 from megapar.mesh import TensorParallel, as_axis
 from megapar.ops.rope import rope_angles, rope_qkv
 from megapar.params import Init, Interval, split
+
+Backend = Literal["sdpa", "flex"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Attention(nn.Module):
     """x [t, hidden_size] and its TokenBatch to [t, hidden_size]; WQ WK WV column-parallel in one GEMM, WO row-parallel.
 
     With `sequence_parallel` input and output are this rank's ceil(t / tp) tokens. `rope_theta=None` leaves positions to the embedding.
+    backend: under masks that are not plainly causal "sdpa" makes them dense, "flex" computes only blocks in which something is allowed
+        (megapar/layers/flex_attention.py); what is causal is SDPA's with either.
     recompute: of what lies between the projections nothing is kept for backward, which computes it again from the fused q, k, v.
     Where ranks share a KV head, WK and WV are a layer of their own, whose gradients are summed over the ranks that share it.
     """
@@ -71,6 +76,7 @@ class Attention(nn.Module):
         sequence_parallel: bool = False,
         init: Init | None = None,
         out_init: Init | None = None,
+        backend: Backend = "sdpa",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -85,7 +91,11 @@ class Attention(nn.Module):
             head_size = hidden_size // heads
         if rope_theta is not None and head_size % 2:
             raise ValueError(f"head_size={head_size} must be even, rotary positions turn pairs: change it or use learned positions")
-        self.head_size, self.rope_theta, self.recompute = head_size, rope_theta, recompute
+        if backend not in get_args(Backend):
+            raise ValueError(f'attention="{backend}" is not known: use "sdpa" or "flex"')
+        if backend == "flex" and head_size < SMALLEST_HEAD:
+            raise ValueError(f'head_size={head_size} must be {SMALLEST_HEAD} or more for attention="flex": raise it or use "sdpa"')
+        self.head_size, self.rope_theta, self.backend, self.recompute = head_size, rope_theta, backend, recompute
         self.q_heads, self.kv_heads = (b - a for a, b in (cut.q[self.tp.rank], cut.kv[self.tp.rank]))
         q, k, v = (
             Shards(n * head_size, head_size, name, tuple((a * head_size, b * head_size) for a, b in intervals))
@@ -114,8 +124,11 @@ class Attention(nn.Module):
             theta, dtype = self.rope_theta, qkv.dtype
             cos, sin = batch.memo(("rope", d, theta, dtype), lambda: rope_angles(batch.position_ids, d, theta, dtype))
             q, k, v = rope_qkv(qkv, cos, sin, b=batch.b, q_heads=q_heads, kv_heads=kv_heads)
-        mask = None if batch.is_causal else batch.attention_mask()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
+        if self.backend == "flex" and not batch.is_causal:
+            y = flex_attention(q, k, v, batch)
+        else:
+            mask = None if batch.is_causal else batch.attention_mask()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
         y = y.transpose(1, 2).reshape(batch.t, q_heads * d)
         if result:
             return self.out(y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class DecoderConfig:
     """Rotary or learned positions."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """Under masks that are not causal: SDPA with a dense mask, or FlexAttention, which skips blocks of it; on a CPU the latter is slow."""
     bias: bool = False
     """Biases in the linear layers."""
     tied_embeddings: bool = False
@@ -71,7 +73,7 @@ class DecoderConfig:
         return projections + scores + mlp, self.hidden_size * vocab_size
 
 
-def gpt_style(**sizes: int) -> DecoderConfig:
-    """GPT-2's style: LayerNorm, learned positions, GELU, biases, tied embeddings, ffn_size 4 h unless given."""
+def gpt_style(**sizes: Any) -> DecoderConfig:
+    """GPT-2's style: LayerNorm, learned positions, GELU, biases, tied embeddings, ffn_size 4 h unless given; or with other keys too."""
     sizes.setdefault("ffn_size", 4 * sizes.get("hidden_size", DecoderConfig.hidden_size))
     return DecoderConfig(norm="layer", positions="learned", activation="gelu", bias=True, tied_embeddings=True, **sizes)

@@ -105,6 +105,7 @@ class DecoderStage(nn.Module):
             rope_theta=config.rope_theta if config.positions == "rope" else None,
             init=init,
             out_init=out_init,
+            backend=config.attention,
             **self.common,
         )
         mlp = MLP(

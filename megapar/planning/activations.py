@@ -40,8 +40,10 @@ def activation_bytes(
 ) -> int:
     """Bytes that the stage of these layers (all by default) keeps of one micro-batch on rank 0 of tp, which has the most.
 
-    dense_mask: s, the length of a sequence, where batches are not plainly causal; 0 where they are. A pipeline rank keeps as much for
-    every micro-batch between its F and its last backward. Raises ValueError where the decoder cannot be cut so.
+    dense_mask: s, the length of a sequence, where batches are not plainly causal; 0 where they are, and with attention="flex" on a GPU
+        (on a CPU that keeps all scores, which are not counted).
+    A pipeline rank keeps as much for every micro-batch between its F and its last backward. Raises ValueError where the decoder cannot
+    be cut so.
     """
     recompute = recompute or Recompute()
     start, stop = layers or (0, config.layers)
