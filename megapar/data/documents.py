@@ -43,15 +43,19 @@ def find_files(source: str) -> list[Path]:
         raise ValueError(f"folder {path} holds a dataset in splits: name the folder of one of them, {splits}")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [path / part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]]
-    files = []
-    for file in path.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not hidden and _suffix(file) in TEXT_SUFFIXES + TABLE_SUFFIXES and file.is_file():
-            files.append(file)
+    files: list[Path] = []
+    for root, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        found = (Path(root, name) for name in names if not name.startswith("."))
+        files += [file for file in found if _suffix(file) in TEXT_SUFFIXES + TABLE_SUFFIXES and file.is_file()]
     if not files:
         known = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
         raise ValueError(f"folder {path} has no text file, it needs one of {known} (or its .gz or .zst): add one")
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class FileDocuments:
@@ -72,6 +76,8 @@ class FileDocuments:
         self.position = self.size
 
     def _texts(self) -> Iterator[str]:
+        if self.size == 0 and self.path.suffix in (".gz", ".zst"):
+            raise ValueError(f"file {self.path} is empty, and no packed file: pack it again, or remove it")
         with open(self.path, "rb") as file, _unpacked(self.path, file) as data:
             if _suffix(self.path) != ".jsonl":
                 yield self._decoded(data.read(), 0)
@@ -123,7 +129,7 @@ class FileDocuments:
                         raise ValueError(f"file {self.path} row {number} has no string field {self.field}: fill or remove it")
                     yield document
                     number += 1
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, OSError) as error:
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"file {self.path} cannot be read from row {number} on ({error}): check the file and --field") from error
 
 

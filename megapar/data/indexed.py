@@ -112,8 +112,12 @@ class IndexedWriter:
                 sync(index)
             sync(self._bin)
             self._bin.close()
-            for temporary, path in zip(self._temporary, self.paths, strict=True):
-                os.replace(temporary, path)
+            os.replace(self._temporary[0], self.paths[0])
+            try:
+                os.replace(self._temporary[1], self.paths[1])
+            except OSError:
+                self.paths[0].unlink()
+                raise
         finally:
             self.abort()
 

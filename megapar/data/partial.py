@@ -26,7 +26,7 @@ from megapar.data.indexed import LONGEST_SEQUENCE, sync, write_index
 from megapar.data.tokenizer import Tokenizer
 
 SUFFIXES = (".bin", ".idx", ".json", ".tokenizer.json")
-KINDS = ("json", "bin", "idx", "tokenizer.json", "lengths")
+KINDS = ("json", "bin", "idx", "tokenizer.json", "tokenizer.json.new", "facts", "lengths")
 Settings = dict[str, Any]
 
 
@@ -68,11 +68,11 @@ class PartialCorpus:
 
     def _resume(self, restart: bool) -> bool:
         journal, found = self._hidden["json"], None
-        if restart:
-            # The journal first: without it the rest is no one's.
-            for kind in KINDS[:-1]:
-                self._hidden[kind].unlink(missing_ok=True)
-        elif journal.exists():
+        if restart and journal.exists() and not self.paths[".idx"].exists():
+            # What has its name already is this run's own. The journal goes after it: without one it would be no one's.
+            for path in (*self.paths.values(), *(self._hidden[kind] for kind in KINDS[:-1])):
+                path.unlink(missing_ok=True)
+        elif journal.exists() and not restart:
             found = json.loads(journal.read_text())
             differ = sorted(key for key in {*found["settings"], *self.settings} if found["settings"].get(key) != self.settings.get(key))
             if differ:
@@ -137,10 +137,12 @@ class PartialCorpus:
             with open(self._hidden["idx"], "wb") as index:
                 write_index(index, dtype, lengths)
                 sync(index)
-            tokenizer.save(self.paths[".tokenizer.json"])
-            _replace(self.paths[".json"], facts)
-            os.replace(self._hidden["bin"], self.paths[".bin"])
-            os.replace(self._hidden["idx"], self.paths[".idx"])
+            named = {self._hidden["tokenizer.json.new"]: ".tokenizer.json", self._hidden["facts"]: ".json"}
+            tokenizer.save(self._hidden["tokenizer.json.new"])
+            _replace(self._hidden["facts"], facts)
+            # All is written: a full disk cannot come between.
+            for path, suffix in (named | {self._hidden["bin"]: ".bin", self._hidden["idx"]: ".idx"}).items():
+                os.replace(path, self.paths[suffix])
         except OSError as error:
             raise self._told(error) from error
         _sync_folder(self.name.parent)

@@ -177,13 +177,15 @@ def _some(files: Sequence[Path], field: str, characters: int) -> Iterator[str]:
 
 
 def _settings(asked: Preparation, files: Iterable[Path]) -> Settings:
-    names = json.dumps([[str(path), path.stat().st_size] for path in files])
+    files = list(files)
+    names, times = (json.dumps(told) for told in ([[str(p), p.stat().st_size] for p in files], [p.stat().st_mtime_ns for p in files]))
     tokenizer = asked.tokenizer
     if tokenizer == "bpe":
         tokenizer = f"bpe of {asked.vocab_size} ids and {asked.train_bytes} bytes"
     elif tokenizer not in ("bytes", "characters"):
         tokenizer = read_tokenizer(Path(tokenizer)).sha256
-    return {"inputs": hashlib.sha256(names.encode()).hexdigest(), "tokenizer": tokenizer, "field": asked.field}
+    hashed = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in (("inputs", names), ("times of the inputs", times))}
+    return {**hashed, "tokenizer": tokenizer, "field": asked.field}
 
 
 def _facts(progress: Progress, tokenizer: Tokenizer, dtype: np.dtype, settings: Settings) -> Settings:

@@ -49,7 +49,8 @@ def _weighted(word: str) -> tuple[float, Path] | None:
 class PreparedCorpus:
     """NAME.bin and NAME.idx, mapped. train, held_out, test: [t], the tokens of the documents up to two shares at the end, and of those.
 
-    fingerprint: of the lengths of all documents, of where the tokens begin and end, and of their number: no run reads terabytes first.
+    fingerprint: of the lengths of all sequences and documents, of where the tokens begin and end, and of their number: no run reads
+    terabytes first.
     """
 
     name: Path
@@ -73,7 +74,8 @@ def open_corpus(name: Path, weight: float, held_out: float, test: float = 0.0) -
     parts = split_documents(len(dataset), (1 - held_out - test, held_out, test))
     cut, end = (int(dataset.document_starts[part.stop]) for part in parts[:2])
     digest = hashlib.sha256(f"{dataset.dtype.name} {counts}".encode())
-    digest.update(np.ascontiguousarray(dataset.sequence_lengths).data)
+    for lengths in (dataset.sequence_lengths, dataset.document_indices):
+        digest.update(np.ascontiguousarray(lengths).data)
     tokens = dataset.tokens
     for some in (tokens[:HASHED_ENDS], tokens[-HASHED_ENDS:]):
         digest.update(np.ascontiguousarray(some).data)

@@ -73,7 +73,7 @@ def split_held_out(tokens: Tokens, held_out: float, test: float = 0.0) -> tuple[
 
 def check_shares(held_out: float, test: float) -> None:
     """Raises ValueError unless training, held-out and, if one is asked for, test data have a share each."""
-    if not (0 < held_out < 1 and 0 <= test < 1 - held_out):
+    if not (held_out > 0 and test >= 0 and held_out + test < 1):
         raise ValueError(
             f"data.held_out is {held_out} and data.test {test}, the first must be above 0 and both together below 1: "
             "use for example 0.05 and 0"

@@ -57,6 +57,8 @@ class Denoising(Objective):
         if self.style in ("infill", "mask") and self.mask_id is None:
             raise ValueError(f"style={self.style} needs a mask token and mask_id is none: give its id, {self.vocab_size} or more")
         self._check_lengths()
+        if self.end_id < 0:
+            raise ValueError(f"end_id={self.end_id} must be 0 or more: give the end-of-text id")
         specials = [*self.sentinels, *([] if self.mask_id is None else [self.mask_id])]
         inside = [special for special in specials if special < self.vocab_size]
         if inside or len(set(specials)) < len(specials) or self.end_id in specials:

@@ -9,6 +9,7 @@ Losses are on all of it, end token included: that is what leaves the plain langu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -68,6 +69,24 @@ class FillInTheMiddle(CausalLM):
         if self.level == "character" and self.tokenizer is None:
             raise ValueError("level=character cuts text and there is no tokenizer to read and write it: give one, or use level=token")
 
+    def check_tokenizer(self, tokens: Ids) -> None:
+        """Cuts some text [n] in two in many places, and raises ValueError for a tokenizer that would not give it back."""
+        if self.level == "token" or not self.rate:
+            return
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode([token for token in tokens.tolist() if token != self.end_id]).strip(BROKEN)
+        spaces = [place for place, character in enumerate(text) if character.isspace()][:50]
+        for place in {*spaces, *(space + 1 for space in spaces), *range(0, len(text), 1 + len(text) // 50)}:
+            self._encoded(text, [place])
+
+    def _encoded(self, text: str, places: list[int]) -> list[list[int]]:
+        """The ids of the parts of a text that is cut in these places."""
+        assert self.tokenizer is not None
+        parts = [self.tokenizer.encode(text[start:stop]) for start, stop in pairwise([0, *places, len(text)])]
+        if "".join(map(self.tokenizer.decode, parts)) != text:
+            raise ValueError("the tokenizer does not give back text that it encoded in parts: use one that does, or level=token")
+        return parts
+
     def __call__(self, tokens: Ids, generator: Generator) -> Sample:
         """The sample of a window, integers [n] with 2 <= n <= tokens_needed. Raises ValueError for any others."""
         return self.sample(self.window(self.check(tokens), generator), self.name)
@@ -124,11 +143,7 @@ class FillInTheMiddle(CausalLM):
             first, last = self._whole_characters(document)
             text = self.tokenizer.decode(document[first:last].tolist())
             if BROKEN not in text:
-                a, b = _places(cuts, len(text))
-                parts = [self.tokenizer.encode(part) for part in (text[:a], text[a:b], text[b:])]
-                if "".join(map(self.tokenizer.decode, parts)) != text:
-                    raise ValueError("the tokenizer does not give back the text it encoded in parts: use one that does, or level=token")
-                prefix, middle, suffix = (np.array(part, np.int64) for part in parts)
+                prefix, middle, suffix = (np.array(part, np.int64) for part in self._encoded(text, _places(cuts, len(text))))
                 return [np.concatenate([document[:first], prefix]), middle, np.concatenate([suffix, document[last:]])]
         return np.split(document, _places(cuts, len(document)))
 

@@ -92,6 +92,11 @@ class UL2(Objective):
             if denoiser.noise is not None and denoiser.target_ratio is not None:
                 told = f"denoiser {denoiser.name} has noise and target_ratio={denoiser.target_ratio}"
                 raise ValueError(f"{told}, which is a prefix LM's: give one of them")
+        taken = {self.end_id, *self.sentinels}
+        for mode, ids in self.modes.items():
+            if min(ids, default=0) < 0 or taken & {*ids}:
+                told = f"mode {mode!r} is spelled {ids}, which must be 0 or more and neither end_id={self.end_id} nor a sentinel"
+                raise ValueError(f"{told}: give other ids")
         # Refused here and not at the first sample; the one of most spans first, whose number of sentinels does for all.
         for denoiser in sorted(self.denoisers, key=lambda d: d.noise.ratio / d.noise.mean_span if d.noise else 0.0, reverse=True):
             self._member(denoiser)

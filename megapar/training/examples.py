@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -33,6 +33,8 @@ Part = Literal["held_out", "test"]
 """Of the text, that is evaluated on."""
 COUNTED = 2000
 """Training samples whose targets the unigram baseline counts."""
+PROBED = 4000
+"""Tokens of the text on which a tokenizer is tried."""
 
 
 class Examples:
@@ -92,17 +94,26 @@ class Examples:
 
     def evaluation_samples(self, part: Part) -> list[Sample]:
         """The samples of that part of the text: a window's last token is the next one's first."""
+        return list(self._evaluated(part))
+
+    def _evaluated(self, part: Part) -> Iterator[Sample]:
         tokens, stride = getattr(self.text, part), self.objective.tokens_needed - 1
-        starts = range(0, len(tokens) - 1, stride)
-        return [self._sample(tokens[start : start + stride + 1], part, number) for number, start in enumerate(starts)]
+        for number, start in enumerate(range(0, len(tokens) - 1, stride)):
+            yield self._sample(tokens[start : start + stride + 1], part, number)
 
     def epochs(self, samples: int) -> float:
         """How often a run of so many samples reads its corpus; of a blend, the corpus that it reads most often."""
         counts = self._blend.counts(self.numbers(0, samples)[1] if samples else 0)
         return max(float(count) / sampler.samples_per_epoch for count, sampler in zip(counts, self._samplers, strict=True))
 
-    def check_epochs(self, config: Config) -> None:
-        """Raises ValueError for a run that reads its corpus more than data.max_epochs times."""
+    def check(self, config: Config) -> None:
+        """Raises ValueError for a run that would fail later: text that the objective cannot take apart or has no targets in; and for one
+        that reads its corpus more than data.max_epochs times."""
+        if isinstance(self.objective, FillInTheMiddle):
+            self.objective.check_tokenizer(self.text.train[:PROBED])
+        for part in get_args(Part):
+            if len(getattr(self.text, part)) and not any(_targets(sample).size for sample in self._evaluated(part)):
+                raise ValueError(f"data.{part} leaves text in which objective {self.kind} has no target: raise it")
         samples = batches_of(config).samples_after(steps_of(config))
         epochs, most = self.epochs(samples), config.data.max_epochs
         if most is not None and not epochs <= most:

@@ -77,7 +77,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
         text = load_text_together(config.data, mesh)
         text.tokenizer.encode(config.run.prompt)  # refuses now what the sample at the end could not start with
         examples = Examples(text, config)
-        examples.check_epochs(config)
+        examples.check(config)
         peak = MemoryPeak(mesh.device)
         model = PipelinedDecoder(
             config.model,
@@ -180,7 +180,7 @@ class _Run:
         lr, weight_decay = self.rates.at(state.updates, state.applied_samples, batch_size)
         batches, error, stop = self._batches(batch_size, interrupted)
         if error:
-            self._recover(Verdict(self.policy.data_error, error), batch_size)
+            self._recover(Verdict(self.policy.data_error, error), batch_size, "correct the data")
             return stop
         if self.model.runner.schedule.microbatches != len(batches):
             self.model.set_schedule(schedule_of(self.config, batch_size))
@@ -238,7 +238,7 @@ class _Run:
             record |= {"skipped": 1, "reason": "overflow" if verdict is None else verdict.reason}
         self.journal.step(record, (self.steps - self.state.step - 1) * seconds)
 
-    def _recover(self, verdict: Verdict, batch_size: int) -> None:
+    def _recover(self, verdict: Verdict, batch_size: int, advice: str = "lower optimizer.lr") -> None:
         """Does what recovery decided about the step that has just been tried."""
         state, action, reason = self.state, verdict.action, verdict.reason
         if action == "skip" and state.skipped >= self.policy.max_skips:
@@ -252,7 +252,7 @@ class _Run:
         self.journal.recovery(event)
         if event.action == "stop":
             first, stop = event.samples
-            raise ValueError(f"step {event.step}, samples {first} to {stop - 1}: {event.reason}: lower optimizer.lr, or see [recovery]")
+            raise ValueError(f"step {event.step}, samples {first} to {stop - 1}: {event.reason}: {advice}, or see [recovery]")
         if event.action == "skip":
             state.advance(batch_size, applied=False, rejected=True)
 

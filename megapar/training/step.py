@@ -111,8 +111,9 @@ class TrainStep:
         losses = torch.empty(batch.t, device=output.device)
         found = token_loss(stage, output, batch, scale, z_loss, losses)
         rows = torch.stack([losses.double(), (batch.targets != IGNORED).double()]).view(2, batch.b, batch.s).sum(2)
-        # A product and no index_add_, whose order is open on CUDA.
-        table += nn.functional.one_hot(batch.objective_ids, len(table)).T.double() @ rows.T
+        # No index_add_, whose order is open on CUDA; and what is not finite stays where it is.
+        which = nn.functional.one_hot(batch.objective_ids, len(table)).T.bool()
+        table += rows.T.where(which[..., None], 0).sum(1)
         return found
 
     def update(

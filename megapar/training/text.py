@@ -57,6 +57,8 @@ def load_text(config: DataConfig) -> Text:
 
 
 def _blend(config: DataConfig, corpora: list[PreparedCorpus]) -> Text:
+    if config.held_out_tokens < 2:
+        raise ValueError(f"data.held_out_tokens={config.held_out_tokens} must be 2 or more: raise it")
     tokenizers = [tokenizer_of(corpus.name, config.tokenizer) for corpus in corpora]
     for corpus, tokenizer in zip(corpora, tokenizers, strict=True):
         if tokenizer.sha256 != tokenizers[0].sha256:
@@ -67,10 +69,10 @@ def _blend(config: DataConfig, corpora: list[PreparedCorpus]) -> Text:
     most = [max(2, int(config.held_out_tokens * share)) for share in shares]
     held_out = [corpus.held_out[:limit] for limit, corpus in zip(most, corpora, strict=True)]
     test = [corpus.test[:limit] for limit, corpus in zip(most, corpora, strict=True)]
+    for ids in (*train, *held_out, *test):
+        check_ids(ids, tokenizers[0], config.corpus)  # before a cast could wrap them
     counted, evaluated, tested = (np.concatenate(arrays).astype(np.int32) for arrays in (train, held_out, test))
     _check_parts(config, evaluated, tested)
-    for ids in (counted, evaluated, tested):
-        check_ids(ids, tokenizers[0], config.corpus)
     told = [f"{share:.3g} of {corpus.name}: {corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
             f"fingerprint {corpus.fingerprint[:16]}" for share, corpus in zip(shares, corpora, strict=True)]  # fmt: skip
     description = (

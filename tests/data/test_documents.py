@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from pathlib import Path
@@ -127,3 +128,25 @@ def test_memory_does_not_hold_the_file(tmp_path, name):
         assert tracemalloc.get_traced_memory()[1] < 6_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "b.jsonl.zst"])
+def test_an_empty_packed_file_was_cut(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"file .*{name} is empty, and no packed file"):
+        list(FileDocuments(tmp_path / name))
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files(str(tmp_path))

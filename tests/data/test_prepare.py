@@ -12,6 +12,7 @@ import pytest
 
 from megapar.data import partial
 from megapar.data import prepare as module
+from megapar.data.documents import find_files
 from megapar.data.indexed import IndexedDataset
 from megapar.data.prepare import Preparation, prepare
 from megapar.data.prepare_command import prepare_command
@@ -151,6 +152,58 @@ def test_a_full_disk_leaves_nothing_under_the_final_names_and_is_gone_on_from(as
     assert not set(names(asked)) & set(FINAL)
     monkeypatch.setattr(partial, "sync", real)
     prepare(asked)
+    check(asked)
+
+
+def test_a_disk_that_fills_up_while_the_last_files_are_written(asked, monkeypatch):
+    """Each of them in turn is the one that does not fit."""
+    real, fits = partial.sync, {"idx": False, "facts": False}
+
+    def full(file):
+        for kind in fits:
+            if f".partial.{kind}" in str(file.name) and not fits[kind]:
+                fits[kind] = True
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(partial, "sync", full)
+    for _ in fits:
+        with pytest.raises(OSError, match=r"the disk of .*out is full"):
+            prepare(asked)
+        assert not set(names(asked)) & set(FINAL)
+    prepare(asked)
+    assert all(fits.values())
+    check(asked)
+
+
+def test_restart_before_the_commit_and_after_it(asked, monkeypatch):
+    real = os.replace
+
+    def replace(source, target):
+        if str(target).endswith("out.idx"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(asked)
+    assert "out.bin" in names(asked)
+    monkeypatch.setattr(os, "replace", real)
+    prepare(asked, restart=True)
+    check(asked)
+    before = names(asked)
+    with pytest.raises(ValueError, match="exists, and a corpus is not overwritten"):
+        prepare(asked, restart=True)
+    assert names(asked) == before
+
+
+def test_an_input_that_was_edited_in_between_is_noticed(asked):
+    begun(asked)
+    path = find_files(asked.inputs[0])[0]
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="begun with other times of the inputs: give the same, or --restart"):
+        prepare(asked)
+    prepare(asked, restart=True)
     check(asked)
 
 

@@ -236,6 +236,6 @@ def test_bad_text_is_refused():
     with pytest.raises(ValueError, match="the text holds one of the sentinels"):
         fim(vocab_size=40)(ids_of(1, MID, 2), Generator(0))
     objective = fim(64, Lossy(), rate=1.0)
-    with pytest.raises(ValueError, match="the tokenizer does not give back the text it encoded in parts"):
+    with pytest.raises(ValueError, match="the tokenizer does not give back text that it encoded in parts"):
         for seed in range(50):
             objective.document(np.array(list(b"a b c d")), Generator(seed))

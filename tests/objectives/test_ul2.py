@@ -1,5 +1,7 @@
 """UL2: the paper's settings, mode tokens first, the rates that were asked for, samples that invert, refusals."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -110,6 +112,12 @@ def test_any_order_gives_the_same_samples():
 def test_refusals(settings, told):
     with pytest.raises(ValueError, match=told):
         ul2(**settings)
+
+
+@pytest.mark.parametrize("ids", [(-3,), (END,), (3, SENTINELS[0])])
+def test_modes_that_could_be_taken_for_something_else_are_refused(ids):
+    with pytest.raises(ValueError, match=re.escape(f"mode 'S' is spelled {ids}, which must be 0 or more and neither end_id=0")):
+        UL2(sequence_length=60, vocab_size=VOCAB, end_id=END, sentinels=SENTINELS, modes={**MODES, "S": ids})
 
 
 def test_what_a_refusal_advises_is_accepted():

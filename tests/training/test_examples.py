@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from megapar import ParallelMesh
 from megapar.models.config import DecoderConfig
@@ -143,3 +144,19 @@ def test_the_test_part_is_evaluated_at_the_end(tmp_path, capsys):
 def test_settings_that_cannot_be_met_are_refused(text, tmp_path, objective, told):
     with pytest.raises(ValueError, match=told):
         Examples(text, config_for(tmp_path, objective))
+
+
+def test_a_tokenizer_that_does_not_give_parts_back_is_refused_before_training(tmp_path):
+    """As those of Llama, which put a space before a text and take it away again."""
+    path = tmp_path / "metaspace.json"
+    config = config_for(tmp_path, ObjectiveConfig("fim", fim_rate=0.1))
+    metaspace = tokenizers.Tokenizer(tokenizers.models.BPE())
+    metaspace.pre_tokenizer, metaspace.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<|endoftext|>"], show_progress=False)
+    metaspace.train([config.data.corpus], trainer)
+    metaspace.save(str(path))
+    config = replace(config, data=replace(config.data, tokenizer=str(path)))
+    with pytest.raises(ValueError, match="does not give back text that it encoded in parts: use one that does, or level=token"):
+        train(config, ParallelMesh.alone())
+    config = replace(config, objective=ObjectiveConfig("fim", fim_level="token"))
+    Examples(load_text(config.data), config).check(config)

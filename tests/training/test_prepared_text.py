@@ -11,9 +11,10 @@ import pytest
 from megapar.data.blend import Blend
 from megapar.data.indexed import IndexedWriter
 from megapar.data.prepare import Preparation, prepare
+from megapar.data.prepared import open_corpus
 from megapar.mesh import ParallelMesh
 from megapar.models.config import DecoderConfig
-from megapar.training.config import Config, DataConfig, ParallelConfig, RunConfig
+from megapar.training.config import Config, DataConfig, ObjectiveConfig, ParallelConfig, RunConfig
 from megapar.training.examples import Examples
 from megapar.training.loop import train
 from megapar.training.report import report
@@ -83,6 +84,57 @@ def test_the_last_documents_are_the_test_part(tmp_path):
         load_text(config_for(name, held_out=0.1, test=0.001).data)
 
 
+def written(name: Path, documents: list[list[list[int]]], dtype: str = "int64") -> Path:
+    """Megatron's own files, which have no tokenizer beside them."""
+    with IndexedWriter(name, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return name
+
+
+@pytest.mark.parametrize(("held_out", "test"), [(2**32 + 7, 7), (7, 2**32 + 7), (300, 7), (7, 257)])
+def test_ids_of_the_evaluated_parts_are_checked_before_a_cast_wraps_them(tmp_path, held_out, test):
+    documents = [[[i % 7 for i in range(50)]]] * 18 + [[[held_out] * 5], [[test] * 5]]
+    name = written(tmp_path / "x", documents)
+    with pytest.raises(ValueError, match=r"token ids run from .* and must be in \[0, 257\)"):
+        load_text(config_for(name, tokenizer="bytes", held_out=0.05, test=0.05).data)
+
+
+def test_a_part_without_a_target_is_refused_before_training(tmp_path):
+    end = 256
+    name = written(tmp_path / "x", [[[i % 7 for i in range(50)] + [end]]] * 19 + [[[end]], [[end]], [[end]]], "int32")
+    config = replace(config_for(name, tmp_path, tokenizer="bytes", held_out=0.1), objective=ObjectiveConfig(eod_mask_loss=True))
+    with pytest.raises(ValueError, match=r"data\.held_out leaves text in which objective causal_lm has no target"):
+        train(config, ParallelMesh.alone())
+    with pytest.raises(ValueError, match="held_out_tokens=1 must be 2 or more"):
+        load_text(replace(config.data, held_out_tokens=1))
+
+
+def test_the_fingerprint_is_of_documents_and_tokens(tmp_path):
+    three = [[[1, 2], [3, 4]], [[5, 6]], [[7, 8]]]
+    boundaries = [[[1, 2]], [[3, 4], [5, 6]], [[7, 8]]]
+    lengths, token = [[[1], [2, 3, 4]], *three[1:]], [*three[:2], [[7, 9]]]
+    names = [written(tmp_path / str(i), docs, "int32") for i, docs in enumerate((three, boundaries, lengths, token, three))]
+    *others, same = (open_corpus(name, 1.0, 0.4).fingerprint for name in names)
+    assert len(set(others)) == 4 and same == others[0]
+
+
+def test_a_sample_depends_on_seed_epoch_and_corpus(tmp_path):
+    """One window alone, which no shuffle can change: what is drawn for it does."""
+    names = [written(tmp_path / name, [[[1] * 21], [[2] * 5]], "int32") for name in "ab"]
+    config = replace(config_for(names[0], tokenizer="bytes", held_out=0.4), objective=ObjectiveConfig("prefix_lm"))
+
+    def cuts(config: Config, count: int = 40) -> list[int]:
+        return [int(sample.prefix_end[0]) for sample in Examples(load_text(config.data), config).samples(0, count)]
+
+    first = cuts(config)
+    assert len(set(first)) > 10, "of as many epochs"
+    assert first == cuts(config) and first[:7] == cuts(config, 7)
+    assert cuts(replace(config, run=replace(config.run, seed=1))) != first
+    blend = cuts(replace(config, data=replace(config.data, corpus=f"1:{names[0]} 1:{names[1]}")))
+    assert blend[::2] != blend[1::2], "the second corpus is not drawn for as the first"
+
+
 def test_how_often_the_corpora_are_read(tmp_path):
     names = [made(tmp_path, "a", 0), made(tmp_path, "b", 1, 20)]
     config = config_for(f"0.5:{names[0]} 0.5:{names[1]}")
@@ -95,7 +147,7 @@ def test_how_often_the_corpora_are_read(tmp_path):
     for limit, fits in ((0.9, False), (1.2, True), (0.0, False)):
         limited = replace(config, data=replace(config.data, max_epochs=limit))
         if fits:
-            Examples(load_text(config.data), config).check_epochs(limited)
+            Examples(load_text(config.data), config).check(limited)
         else:
             with pytest.raises(ValueError, match=rf"read data.corpus 1.0. times and data.max_epochs is {limit}: make the run shorter"):
                 train(limited, ParallelMesh.alone())
