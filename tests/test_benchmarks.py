@@ -1,9 +1,12 @@
 """The benchmarks compare like with like, at a tiny size, and their verdicts can fail."""
 
+import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,8 @@ from benchmarks import (
     build_time,
     checkpoint,
     linear,
+    objectives,
+    objectives_fim,
     optimizer,
     overhead,
     pipeline,
@@ -25,6 +30,16 @@ from benchmarks import (
 )
 from benchmarks.__main__ import render
 from benchmarks.common import Verdict, count, environment, interleaved
+from megapar.batch import TokenBatch
+from megapar.data.tokenizer import ByteTokenizer
+from megapar.mesh import ParallelMesh
+from megapar.models.config import DecoderConfig
+from megapar.models.decoder import Decoder
+from megapar.objectives.fim import FillInTheMiddle
+from megapar.objectives.randomness import Generator
+from megapar.objectives.sample import IGNORED
+from megapar.training.examples import Examples
+from megapar.training.text import Text
 
 TINY = tensor_parallel.Sizes(b=2, s=8, hidden=32, heads=4, ffn=48, vocab=40, layers=1)
 EAGER = [name + variant for name in ("megapar", "DTensor") for variant in ("", ", sequence-parallel")]
@@ -366,6 +381,80 @@ def test_batch_ramp(tmp_path):
     assert not batch_ramp.verdicts({**found, "ramp": large})[1].holds
     batch_ramp.plot(found, tmp_path / "ramp.png")
     assert (tmp_path / "ramp.png").stat().st_size > 1000
+
+
+FIM = FillInTheMiddle(sequence_length=16, vocab_size=50, end_id=49, prefix_id=50, suffix_id=51, middle_id=52, level="token")
+
+
+def test_middles_are_the_same_for_all_forms_and_alone_counted():
+    text = np.arange(34, dtype=np.int32) % 20
+    text[[4, 17]] = FIM.end_id
+    (document,) = objectives_fim.documents(text, FIM.end_id)  # what the ends of the text may have cut is none
+    assert document.tolist() == text[5:17].tolist()
+    found = [objectives_fim.cut(document, Generator(i)) for i in range(600)]
+    assert {(1, 11), (1, 1), (11, 1)} <= {(len(m.prefix), len(m.middle)) for m in found}
+    for m in found:
+        assert np.concatenate([m.prefix, m.middle, m.suffix]).tolist() == document.tolist()
+        for form, context in objectives_fim.contexts(m, FIM).items():
+            sample = objectives_fim.asked(context, m.middle, form)
+            assert sample.targets[sample.targets != IGNORED].tolist() == m.middle.tolist()
+            given = [*m.prefix] if form == objectives_fim.PREFIX else [*m.prefix, *m.suffix]
+            assert sorted(i for i in context if i < FIM.vocab_size) == sorted(given)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_forms_of_middles_are_those_that_fim_trains(seed):
+    psm, spm = (replace(FIM, rate=1.0, spm_rate=rate).document(np.arange(12), Generator(seed)) for rate in (0.0, 1.0))
+    suffix_at, middle_at = (int(np.flatnonzero(psm == i)[0]) for i in (FIM.suffix_id, FIM.middle_id))
+    m = objectives_fim.Middle(psm[1:suffix_at], psm[middle_at + 1 : -1], psm[suffix_at + 1 : middle_at])
+    contexts = objectives_fim.contexts(m, FIM)
+    assert psm.tolist() == [*contexts[objectives_fim.PSM], *m.middle, FIM.end_id]
+    assert spm.tolist() == [*contexts[objectives_fim.SPM], *m.middle, FIM.end_id]
+
+
+def test_the_loss_of_a_middle_is_among_bytes():
+    config = DecoderConfig(hidden_size=16, layers=1, heads=2, ffn_size=16, init_std=0.5)
+    stage = Decoder(config, objectives_fim.BYTES + 4, ParallelMesh.alone())
+    batch = TokenBatch.of(torch.arange(12)[None] * 20, torch.tensor([[IGNORED] * 4 + list(range(8))]))
+    hidden = stage.hidden(batch)
+    loss, count = objectives_fim.byte_loss(stage, hidden, batch)
+    logits = stage.logits(hidden, batch)[4:, : objectives_fim.BYTES]
+    assert count == 8
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.arange(8), reduction="sum"))
+
+
+def test_objectives_verdicts():
+    left_to_right, psm, spm, prefix, suffix_prefix = (
+        getattr(objectives_fim, name) for name in ("PLAIN", "PSM", "SPM", "PREFIX", "SUFFIX_PREFIX")
+    )
+    fim = {left_to_right: [3.05, 3.03], psm: [2.8, 2.7], spm: [1.0, 1.0]}
+    plain = {left_to_right: [3.0, 3.0], prefix: [3.2, 3.1], suffix_prefix: [3.5, 3.5]}
+    speed = {128: {"training": 50.0, "fast": 900.0, "slow": 200.0}}
+    found = objectives.verdicts(fim, plain, speed)
+    assert [v.ratio for v in found] == pytest.approx([2.75 / 3.15, 0.4 - 3 * 0.1, 3.04 / 3.0, 4.0])
+    assert all(v.holds for v in found)
+    # The better form of the plain model is the peer; each bar can fail.
+    assert not objectives.verdicts(fim, {**plain, suffix_prefix: [2.8, 2.8]}, speed)[0].holds
+    assert not objectives.verdicts({**fim, psm: [2.8, 2.6]}, plain, speed)[1].holds
+    assert not objectives.verdicts({**fim, left_to_right: [3.1, 3.1]}, plain, speed)[2].holds
+    assert not objectives.verdicts(fim, plain, {128: {"training": 150.0, "slow": 200.0}})[3].holds
+    first, second = objectives.grids(fim, plain, speed)
+    assert first.rows[1] == ["plain", "3.0000 (0.0000)", "", "", "3.1500 (0.1000)", "3.5000 (0.0000)"]
+    assert ["slow", "200"] in second.rows
+
+
+def test_objectives_corpus(tmp_path):
+    objectives_fim.write_corpus(tmp_path / "lines.jsonl", 100_000)
+    lines = [json.loads(line)["text"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert len(lines) > 500 and len(set(lines)) == len(lines) and lines != sorted(lines)
+    assert all(objectives_fim.SHORTEST <= len(line) <= objectives_fim.LONGEST for line in lines)
+
+
+def test_objectives_speed():
+    text = np.arange(400, dtype=np.int32) % 256
+    examples = Examples(Text(ByteTokenizer(), text, text, "", "", ((1.0, text),)), objectives.small_config(16))
+    assert objectives.made(examples, 3, repeats=2) > 0
+    assert objectives.small_config(1024).run.batch_size == 1 and objectives.small_config(128).run.batch_size == 8
 
 
 CHECKPOINT = checkpoint.Sizes(hidden=16, layers=1, heads=4, ffn=24, vocab=40, s=8)

@@ -1,0 +1,149 @@
+"""What benchmarks/objectives.py asks of fill in the middle: a model trained with it, and a plain one, are to write the same middles.
+
+A document is a line of Python's standard library, its tokens are bytes: so small models come to know what fits between two pieces of text.
+A held-out document is cut in two uniform places. The loss of its middle is the mean over the middle's own bytes, among all bytes: of both
+models it is asked which byte comes next, not whether the middle ends, which only the one trained with fim has to weigh. It is given
+
+| form           | context                                              | of which model |
+|----------------|------------------------------------------------------|----------------|
+| PSM            | `<PRE>` prefix `<SUF>` suffix `<MID>`                | trained with fim |
+| SPM            | `<PRE>` `<SUF>` suffix `<MID>` prefix                | trained with fim |
+| prefix         | prefix                                               | plain |
+| suffix, prefix | suffix prefix                                        | plain |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from megapar.batch import TokenBatch
+from megapar.data.corpus import load_corpus
+from megapar.layers.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from megapar.mesh import ParallelMesh
+from megapar.models.config import DecoderConfig
+from megapar.models.decoder import DecoderStage
+from megapar.objectives.fim import FillInTheMiddle
+from megapar.objectives.randomness import Generator
+from megapar.objectives.sample import IGNORED, Ids, Sample, collate
+from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from megapar.training.examples import Examples
+from megapar.training.loop import Trained, train
+from megapar.training.step import TrainStep
+
+SEQUENCE = 128
+BATCH = 8
+CORPUS = "corpus.jsonl"
+BYTES = 256
+"""The ids of the text; the end of a document and the sentinels follow."""
+LossFn = Callable[[Tensor, TokenBatch], tuple[Tensor, int]]
+SHORTEST, LONGEST = 16, 80
+"""Characters of a document."""
+PSM, SPM, PREFIX, SUFFIX_PREFIX = "PSM", "SPM", "prefix", "suffix, prefix"
+PLAIN = "left to right"
+
+
+@dataclass(frozen=True, eq=False)
+class Middle:
+    """A document in three parts, int64; of prefix and middle there is a token at least."""
+
+    prefix: Ids
+    middle: Ids
+    suffix: Ids
+
+
+def write_corpus(path: Path, max_bytes: int | None = None) -> None:
+    """Distinct lines of the standard library's sources, of SHORTEST to LONGEST characters, as documents in a random order."""
+    found = {line.strip() for document in load_corpus("stdlib", max_bytes).documents for line in document.splitlines()}
+    lines = sorted((line for line in found if SHORTEST <= len(line) <= LONGEST), key=lambda line: hashlib.sha256(line.encode()).digest())
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+
+def documents(text: Ids, end_id: int) -> list[Ids]:
+    """The whole documents of a text [t] that may begin and end within one, int64, without end tokens."""
+    return [document[:-1] for document in np.split(text.astype(np.int64), np.flatnonzero(text == end_id) + 1)[1:-1]]
+
+
+def cut(document: Ids, generator: Generator) -> Middle:
+    """A document [n >= 2] with two different uniform cuts in [1, n]."""
+    first, last = (1 + generator.subset(len(document), 2)).tolist()
+    return Middle(document[:first], document[first:last], document[last:])
+
+
+def contexts(m: Middle, fim: FillInTheMiddle) -> dict[str, Ids]:
+    """What stands before the middle, by form."""
+    pre, suf, mid = (np.array([i]) for i in (fim.prefix_id, fim.suffix_id, fim.middle_id))
+    return {
+        PSM: np.concatenate([pre, m.prefix, suf, m.suffix, mid]),
+        SPM: np.concatenate([pre, suf, m.suffix, mid, m.prefix]),
+        PREFIX: m.prefix,
+        SUFFIX_PREFIX: np.concatenate([m.suffix, m.prefix]),
+    }
+
+
+def asked(context: Ids, middle: Ids, form: str) -> Sample:
+    """The sample whose losses are those of the middle's tokens alone, after a context of a token or more."""
+    sample = Sample.of(np.concatenate([context, middle]), form)
+    targets = sample.targets.copy()
+    targets[: len(context) - 1] = IGNORED
+    return replace(sample, targets=targets)
+
+
+def batches(samples: Sequence[Sample]) -> Iterator[TokenBatch]:
+    for first in range(0, len(samples), 2 * BATCH):
+        yield collate(samples[first : first + 2 * BATCH], SEQUENCE)
+
+
+def byte_loss(stage: DecoderStage, hidden: Tensor, batch: TokenBatch) -> tuple[Tensor, int]:
+    """The last stage's (fp32 sum of the losses in nats, number of targets), its distribution taken over bytes alone."""
+    assert batch.targets is not None
+    loss = vocab_parallel_linear_cross_entropy(hidden, stage.head.weight[:BYTES], batch.targets, tp=None, ignore_index=IGNORED)
+    return loss, int((batch.targets != IGNORED).sum())
+
+
+def config_of(kind: str, seed: int, steps: int, corpus: Path, out: Path) -> Config:
+    """The run of one of the two objectives, "fim" or "causal_lm": a document attends to itself alone."""
+    alone = {"reset_position_ids": True, "reset_attention_mask": True}
+    objective = ObjectiveConfig(kind="fim", fim_level="token", **alone) if kind == "fim" else ObjectiveConfig(**alone)
+    return Config(
+        model=DecoderConfig(hidden_size=128, layers=4, heads=4, kv_heads=2, ffn_size=352, init_std=0.05),
+        data=DataConfig(corpus=str(corpus), tokenizer="bytes", sequence_length=SEQUENCE, held_out=0.02),
+        objective=objective,
+        optimizer=OptimizerConfig(lr=2.5e-3, min_lr=2e-4, warmup=0.02),
+        run=RunConfig(steps=steps, batch_size=BATCH, seed=seed, sample_tokens=0, out=str(out)),
+    )
+
+
+def losses(trained: Trained, plain: Examples, fim: FillInTheMiddle, forms: Sequence[str]) -> dict[str, float]:
+    """Mean nats a token: of the middles of the held-out documents by form, and of the held-out text from left to right."""
+
+    def mean(found: Iterable[TokenBatch], loss: LossFn) -> float:
+        totals = trained.model.runner.evaluate(list(found), loss)
+        return float(totals.loss) / float(totals.count)
+
+    step = TrainStep(trained.model, ParallelMesh.alone())
+    among_bytes = partial(byte_loss, trained.model.stages[-1])
+    whole = documents(plain.text.held_out, plain.text.tokenizer.end_of_text)
+    middles = [cut(document, Generator("middle", number)) for number, document in enumerate(whole)]
+    result = {PLAIN: mean((batch for _, batch in plain.held_out(2 * BATCH)), step.loss)}
+    for form in forms:
+        result[form] = mean(batches([asked(contexts(m, fim)[form], m.middle, form) for m in middles]), among_bytes)
+    return result
+
+
+def train_one(seed: int, steps: int, folder: str) -> dict[str, float]:
+    """Rank 0 trains with fim, rank 1 plainly, each by itself on one thread; the losses of its model. folder: holds corpus.jsonl."""
+    kind, forms = (("fim", (PSM, SPM)), ("causal_lm", (PREFIX, SUFFIX_PREFIX)))[dist.get_rank()]
+    configs = {name: config_of(name, seed, steps, Path(folder) / CORPUS, Path(folder) / f"{name}-{seed}") for name in ("fim", "causal_lm")}
+    trained = train(configs[kind], ParallelMesh.alone())
+    plain, fim = (Examples(trained.examples.text, configs[name]) for name in ("causal_lm", "fim"))
+    assert isinstance(fim.objective, FillInTheMiddle)
+    return losses(trained, plain, fim.objective, forms)
