@@ -31,13 +31,13 @@ from megapar.layers.linear_cross_entropy import vocab_parallel_linear_cross_entr
 from megapar.mesh import ParallelMesh
 from megapar.models.config import DecoderConfig
 from megapar.models.decoder import DecoderStage
+from megapar.objectives.causal_lm import token_loss
 from megapar.objectives.fim import FillInTheMiddle
 from megapar.objectives.randomness import Generator
 from megapar.objectives.sample import IGNORED, Ids, Sample, collate
 from megapar.training.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from megapar.training.examples import Examples
 from megapar.training.loop import Trained, train
-from megapar.training.step import TrainStep
 
 SEQUENCE = 128
 BATCH = 8
@@ -129,13 +129,12 @@ def losses(trained: Trained, plain: Examples, fim: FillInTheMiddle, forms: Seque
         totals = trained.model.runner.evaluate(list(found), loss)
         return float(totals.loss) / float(totals.count)
 
-    step = TrainStep(trained.model, ParallelMesh.alone())
-    among_bytes = partial(byte_loss, trained.model.stages[-1])
+    stage = trained.model.stages[-1]
     whole = documents(plain.text.held_out, plain.text.tokenizer.end_of_text)
     middles = [cut(document, Generator("middle", number)) for number, document in enumerate(whole)]
-    result = {PLAIN: mean((batch for _, batch in plain.held_out(2 * BATCH)), step.loss)}
+    result = {PLAIN: mean(plain.evaluation("held_out", 2 * BATCH), partial(token_loss, stage))}
     for form in forms:
-        result[form] = mean(batches([asked(contexts(m, fim)[form], m.middle, form) for m in middles]), among_bytes)
+        result[form] = mean(batches([asked(contexts(m, fim)[form], m.middle, form) for m in middles]), partial(byte_loss, stage))
     return result
 
 
