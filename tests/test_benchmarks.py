@@ -452,7 +452,7 @@ def test_objectives_corpus(tmp_path):
 
 def test_objectives_speed():
     text = np.arange(400, dtype=np.int32) % 256
-    examples = Examples(Text(ByteTokenizer(), text, text, "", "", ((1.0, text),)), objectives.small_config(16))
+    examples = Examples(Text(ByteTokenizer(), text, text, text[:0], "", "", ((1.0, text),)), objectives.small_config(16))
     assert objectives.made(examples, 3, repeats=2) > 0
     assert objectives.small_config(1024).run.batch_size == 1 and objectives.small_config(128).run.batch_size == 8
 
