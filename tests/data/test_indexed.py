@@ -187,3 +187,12 @@ def test_sample_index_is_megatrons(tmp_path):
         theirs = helpers.build_sample_idx(lengths.astype(np.int32), order.astype(np.int32), s, 1, int(lengths.sum()), True, True)
         at, offsets = stream.locate(np.arange(samples + 1) * s)
         assert np.stack([at, offsets], 1).tolist() == theirs.tolist()
+
+
+def test_an_index_that_cannot_have_its_name_leaves_no_data_either(tmp_path):
+    writer = IndexedWriter(tmp_path / "x", "uint8")
+    writer.add_document([[1, 2]])
+    (tmp_path / "x.idx").mkdir()
+    with pytest.raises(OSError):
+        writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.idx"]

@@ -276,6 +276,16 @@ def test_losses_by_objective_are_those_of_their_sequences(ranks, options, schedu
         assert loss * tokens == pytest.approx(total, rel=1e-5) == sum(value for value, _ in each.values())
 
 
+def test_a_loss_that_is_not_finite_is_its_own_objectives():
+    mesh = ParallelMesh.alone()
+    step = TrainStep(step_of(LLAMA, SMOOTH, mesh).model, mesh, objectives=NAMES)
+    batch, table = mixed(0)[0], step._empty_table()
+    output = torch.randn(batch.t, LLAMA.hidden_size)
+    output[batch.s :] = float("nan")  # all of the second sequence
+    step.loss(output, batch, table)
+    assert table[0].isfinite().all() and table[0, 1] == batch.s and not table[1].any() and table[2, 0].isnan()
+
+
 def test_losses_by_objective_are_those_of_all_replicas(ranks):
     (alone,), (first, second) = ranks.run(1, by_objective, {}, None, 1), ranks.run(2, by_objective, {}, None, 2)
     assert first == second and first[2] == pytest.approx(alone[2], rel=1e-6)
