@@ -68,7 +68,9 @@ class PartialCorpus:
 
     def _resume(self, restart: bool) -> bool:
         journal, found = self._hidden["json"], None
-        if restart and journal.exists() and not self.paths[".idx"].exists():
+        # Beside a NAME.bin that is this run's own no hidden one is left: it was renamed.
+        foreign = self.paths[".idx"].exists() or (self.paths[".bin"].exists() and self._hidden["bin"].exists())
+        if restart and journal.exists() and not foreign:
             # What has its name already is this run's own. The journal goes after it: without one it would be no one's.
             for path in (*self.paths.values(), *(self._hidden[kind] for kind in KINDS[:-1])):
                 path.unlink(missing_ok=True)
@@ -84,15 +86,12 @@ class PartialCorpus:
         for path in self.paths.values():
             # Of a run that goes on, these are its own and are written anew.
             if path.exists() and not (found and path.suffix == ".json"):
-                self._clean_if_new(found)
+                if not journal.exists():  # else it is the state of a run that can go on
+                    self._hidden["lengths"].unlink(missing_ok=True)
                 raise ValueError(f"{path} exists, and a corpus is not overwritten: remove it or choose another name")
         if found:
             self.progress = Progress(**found["progress"])
         return found is not None
-
-    def _clean_if_new(self, found: Any) -> None:
-        if not found:
-            self._hidden["lengths"].unlink(missing_ok=True)
 
     def begin(self, itemsize: int) -> None:
         """Cuts both files to what the journal says. Raises ValueError if they are shorter: they were changed."""

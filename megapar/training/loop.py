@@ -99,7 +99,7 @@ def train(config: Config, mesh: ParallelMesh) -> Trained:
 
 
 def evaluate(step: TrainStep, examples: Examples, count: int, part: Part = "held_out") -> Sums:
-    """Over every target of a part of the text; `count` samples in a micro-batch.
+    """The sums over every target of a part of the text; `count` samples in a micro-batch.
 
     The replicas take turns, and all of them run as many micro-batches: one that has none left takes one without targets.
     """

@@ -197,6 +197,18 @@ def test_restart_before_the_commit_and_after_it(asked, monkeypatch):
     assert names(asked) == before
 
 
+def test_restart_leaves_a_file_that_someone_else_put_there(asked):
+    begun(asked)
+    theirs = asked.out.with_name("out.bin")
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=r"out\.bin exists, and a corpus is not overwritten"):
+        prepare(asked, restart=True)
+    assert theirs.read_bytes() == b"theirs"
+    theirs.unlink()
+    prepare(asked)
+    check(asked)
+
+
 def test_an_input_that_was_edited_in_between_is_noticed(asked):
     begun(asked)
     path = find_files(asked.inputs[0])[0]
