@@ -132,7 +132,7 @@ def _train(arguments: list[str]) -> int:
             # What is wrong with the text is said once, before any rank starts; what is right they find in the cache.
             text = load_text(config.data)
             text.tokenizer.encode(config.run.prompt)
-            Examples(text, config)
+            Examples(text, config).check(config)
             return launch(["train", *rest], ranks, known.max_restarts)
     mesh = make_mesh(config)
     trained = train(config, mesh)

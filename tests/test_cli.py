@@ -88,6 +88,7 @@ def test_doctor(capsys):
         ("train none.toml", "config none.toml is not a file"),
         ("train bad.toml", 'the nearest one is "run.steps"'),
         ("train c.toml --steps 0", "run.steps=0"),
+        ("train c.toml --data.max-epochs 0.001 --tp 2 --nproc 2", "megapar: the run's"),
         ("train c.toml --tp 2", "start 2 (torchrun --nproc-per-node 2, or megapar train --nproc 2)"),
         ("train c.toml --tp 2 --nproc 3", "must divide the world, which has 3 ranks"),
         ("train c.toml --tp 2 --nproc 4", "the world has 4 ranks and parallel.tp=2 x parallel.dp=1 x parallel.pp=1 uses 2"),
