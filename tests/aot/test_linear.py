@@ -2,15 +2,13 @@
 
 HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100. Triton 3.7.1 has no tensor cores on sm_75: FMAs, as for fp32 everywhere.
 
-Compiled: kernel x dtype x activation or target and beta x every candidate of tiles.py, all that autotuning may choose too. With bias and
-pre-activation in bf16 and fp32, with neither in fp16's forward, in bf16 with the pre-activation alone, as without biases; the
-weight's gradient with scale and flag, in fp16's with neither. An argument left out is a kernel of its own, but a part of one that is
-compiled: the loop and its tile are the same, and a load or a store of the epilogue is gone. All four combinations of each would be 500
-kernels more, at 1.1 s of CPU each (measured; two threads save a fifth of the time on two cores).
+Compiled: kernel x dtype x activation or target and beta x every combination of the arguments that may be left out (each is a kernel of its
+own) x every candidate of tiles.py, all that autotuning may choose too.
 """
 
 import functools
 import re
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -18,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapar.ops.triton import gemm, linear_bias_grad, linear_weight_grad, tiles
+from megapar.ops.triton import gemm, linear_bias_grad, tiles
 from megapar.ops.triton import linear as ops
 from megapar.ops.triton.ahead_of_time import Compiled, compile_launch
 from megapar.ops.triton.launch import Launch
@@ -39,25 +37,25 @@ def input_grad(activation: str, dtype: torch.dtype, t: int, n: int, k: int) -> N
     ops.linear_input_grad(meta(t, k, dtype=dtype), meta(k, n, dtype=dtype), z, activation)
 
 
-def weight_grad(into: torch.dtype, beta: float, dtype: torch.dtype, m: int, n: int, t: int, optional: bool = True) -> None:
-    """optional: with scale and flag."""
-    number = meta(1, dtype=FP32) if optional else None
+def weight_grad(into: torch.dtype, beta: float, scaled: bool, flagged: bool, dtype: torch.dtype, m: int, n: int, t: int) -> None:
+    """scaled: by a number on the device. flagged: asked for numbers that are not finite."""
+    scale, flag = (meta(1, dtype=FP32) if given else None for given in (scaled, flagged))
     dy, x, target = meta(t, m, dtype=dtype), meta(t, n, dtype=dtype), meta(m, n, dtype=into)
-    ops.linear_weight_grad_(target, dy, x, beta, 1.0, number, number)
+    ops.linear_weight_grad_(target, dy, x, beta, 1.0, scale, flag)
 
 
 def gemms(dtype: torch.dtype) -> dict[str, Call]:
     """Without a size yet."""
-    optional = dtype != FP16
     calls: dict[str, Call] = {}
     for kind in ops.ACTIVATIONS:
-        calls[f"forward-{kind}"] = functools.partial(forward, kind, dtype, biased=optional, save=optional)
-        if dtype == BF16:
-            calls[f"forward-{kind}-no_bias"] = functools.partial(forward, kind, dtype, biased=False)
         calls[f"input_grad-{kind}"] = functools.partial(input_grad, kind, dtype)
-    for into in dict.fromkeys((FP32, dtype)):
-        for beta in (0.0, 1.0):
-            calls[f"weight_grad-{str(into)[6:]}-beta={beta:.0f}"] = functools.partial(weight_grad, into, beta, dtype, optional=optional)
+        # Without an activation there is nothing to save.
+        for biased, save in product((True, False), (True, False) if kind != "none" else (False,)):
+            name = f"forward-{kind}" + "-bias" * biased + "-save" * save
+            calls[name] = functools.partial(forward, kind, dtype, biased=biased, save=save)
+    for into, beta, scaled, flagged in product(dict.fromkeys((FP32, dtype)), (0.0, 1.0), (True, False), (True, False)):
+        name = f"weight_grad-{str(into)[6:]}-beta={beta:.0f}" + "-scale" * scaled + "-flag" * flagged
+        calls[name] = functools.partial(weight_grad, into, beta, scaled, flagged, dtype)
     return {f"{str(dtype)[6:]}-{name}": call for name, call in calls.items()}
 
 
@@ -89,10 +87,10 @@ def every_launch() -> list[pytest.param]:
 
 
 SUBSET = (
-    (90, "bfloat16-forward-gelu", "128x256"),
-    (90, "bfloat16-forward-swiglu", "128x128"),
+    (90, "bfloat16-forward-gelu-bias-save", "128x256"),
+    (90, "bfloat16-forward-swiglu-bias-save", "128x128"),
     (90, "bfloat16-input_grad-swiglu", "128x64"),
-    (90, "bfloat16-weight_grad-float32-beta=1", "128x128"),
+    (90, "bfloat16-weight_grad-float32-beta=1-scale-flag", "128x128"),
 )
 
 
@@ -154,19 +152,12 @@ def check_widths(kernel: Compiled, launch: Launch) -> None:
 any_size, any_dtype, any_arch = st.integers(1, 9000), st.sampled_from([BF16, FP16, FP32]), st.sampled_from(sorted(TARGETS))
 
 
-def chosen(launch: Launch) -> tuple[object, ...]:
-    """All that is compiled apart but for what is left out of the arguments, which is less of the same kernel."""
-    dtypes = [x.dtype for x in launch.args if isinstance(x, torch.Tensor)]
-    into = launch.args[2].dtype if launch.kernel is linear_weight_grad.linear_weight_grad_kernel else None
-    return launch.kernel.__name__, dtypes[0], into, *sorted(launch.options.items())
-
-
 @functools.cache
 def compiled_for(arch: int) -> set[tuple[object, ...]]:
-    vectors = {chosen(case.values[0]) for case in every_launch() if case.values[1] == arch}
+    vectors = {config(case.values[0]) for case in every_launch() if case.values[1] == arch}
     # Compiled by test_odd_widths.py.
     odd = [launches(functools.partial(call, M, 2731, K), arch) for dtype in (BF16, FP16) for call in gemms(dtype).values()]
-    return vectors | {chosen(launch) for found in odd for launch in found}
+    return vectors | {config(launch) for found in odd for launch in found}
 
 
 @settings(deadline=None)
@@ -175,7 +166,7 @@ def test_list_is_complete(t, n, k, dtype, arch, data):
     if arch == 75:
         dtype = FP16
     call = data.draw(st.sampled_from(list(gemms(dtype).values())))
-    assert {chosen(x) for x in launches(lambda: call(t, n, k), arch)} <= compiled_for(arch)
+    assert {config(x) for x in launches(lambda: call(t, n, k), arch)} <= compiled_for(arch)
 
 
 def bias_grad(dtype: torch.dtype, into: torch.dtype, beta: float, t: int = 4096, n: int = 4096) -> None:

@@ -22,18 +22,16 @@ def norms(h: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
 
 
 def linears(n: int, dtype: torch.dtype) -> dict[str, Call]:
-    calls = {f"{name}-{n}": partial(call, 2048, n, 1024) for name, call in gemms(dtype).items()}
-    for kind in ("none", "swiglu"):
-        calls[f"{str(dtype)[6:]}-forward-{kind}-alone-{n}"] = partial(forward, kind, dtype, 2048, n, 1024, biased=False, save=False)
-    return calls
+    return {f"{name}-{n}": partial(call, 2048, n, 1024) for name, call in gemms(dtype).items()}
 
 
 DTYPES = ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32))
 CALLS = {f"norms-{h}-{str(x)[6:]}-{str(w)[6:]}": partial(norms, h, x, w) for h in (255, 1001, 8191, 16383) for x, w in DTYPES}
-CALLS |= linears(2731, BF16) | linears(2728, BF16) | linears(50257, FP16)
+# Triton tells multiples of 16 alone apart.
+CALLS |= linears(2731, BF16) | linears(50257, FP16)
 
 
-@every_config(CALLS, ["bfloat16-forward-none-alone-2731", "norms-8191-bfloat16-bfloat16"])
+@every_config(CALLS, ["bfloat16-forward-none-2731", "norms-8191-bfloat16-bfloat16"])
 def test_lean(call, arch):
     for launch in launches(call, arch):
         assert_lean(compile_launch(launch, arch))
