@@ -242,10 +242,10 @@ def _counting_shared_memory(counts: Counts) -> Iterator[None]:
     """Adds the collectives that torch does not see because they go through memory that the ranks share."""
     real = SharedMemory.start
 
-    def start(memory: SharedMemory, kind: Kind, x: Tensor, read: Any) -> Any:
+    def start(memory: SharedMemory, kind: Kind, x: Tensor, *rest: Any) -> Any:
         counts.collectives += 1
         counts.sent += x.numel() * x.element_size()
-        return real(memory, kind, x, read)
+        return real(memory, kind, x, *rest)
 
     with mock.patch.object(SharedMemory, "start", start):
         yield

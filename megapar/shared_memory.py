@@ -67,14 +67,17 @@ class SharedMemory:
         self._under_way: deque[Posted] = deque()
         self._broken: BaseException | None = None
 
-    def start(self, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Posted:
-        """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank, when it is waited for."""
+    def start(self, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor], subject: int = 0) -> Posted:
+        """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank, when it is waited for.
+
+        subject: what it is about, below 2^31, which has to be the same on all ranks.
+        """
         with self._whole():
             self._started += 1
             if len(self._under_way) == RING:
                 self._under_way[0].wait()
             self._spin(self._finished, self._started - RING)
-            posted = Posted(self, self._started, kind, x, read)
+            posted = Posted(self, self._started, kind, x, read, subject)
             self._view(self.rank, posted).copy_(x)
             self._signatures[self.rank, posted.number % RING] = posted.signature
             self._posted[self.rank] = self._started
@@ -111,7 +114,7 @@ class SharedMemory:
     def _compare(self, rank: int, posted: Posted) -> None:
         theirs = int(self._signatures[rank, posted.number % RING])
         if theirs != posted.signature:
-            mine, other = (f"{Kind(s % 8).name} of {s // 64} x {s // 8 % 8 + 1} bytes" for s in (posted.signature, theirs))
+            mine, other = (_described(signature) for signature in (posted.signature, theirs))
             raise CommunicationError(f"rank {rank} of the axis is in {other}, this one in {mine}: give all ranks the same calls and shapes")
 
     def _view(self, rank: int, posted: Posted) -> Tensor:
@@ -147,16 +150,23 @@ class SharedMemory:
 class Posted:
     """An operation under way."""
 
-    def __init__(self, memory: SharedMemory, number: int, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> None:
+    def __init__(
+        self, memory: SharedMemory, number: int, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor], subject: int
+    ) -> None:
         self.memory, self.number, self.read, self.done = memory, number, read, False
         self.shape, self.dtype, self.bytes = x.shape, x.dtype, x.numel() * x.element_size()
-        self.signature = x.numel() * 64 + (x.element_size() - 1) * 8 + kind
+        self.signature = (subject << 32) + x.numel() * 64 + (x.element_size() - 1) * 8 + kind
         self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
         if self._result is None:
             self._result = self.memory.finish(self)
         return self._result
+
+
+def _described(signature: int) -> str:
+    subject, rest = divmod(signature, 1 << 32)
+    return f"{Kind(rest % 8).name} {f'number {subject} ' if subject else ''}of {rest // 64} x {rest // 8 % 8 + 1} bytes"
 
 
 def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> SharedMemory | None:

@@ -129,23 +129,41 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return _Messages(works, lambda: x.add_(other))
 
 
-def start_all_gather(x: Tensor, axis: Axis, tag: int = 0) -> Pending:
-    """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order."""
+def start_all_gather(x: Tensor, axis: Axis, tag: int = 0, subject: int = 0) -> Pending:
+    """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order.
+
+    subject: what it is about. Ranks that gather different ones at once never take one's for the other's: they raise CommunicationError,
+    except on NCCL.
+    """
     x = x.contiguous()
     memory = _memory(x, axis, tag)
     if memory is not None:
-        return memory.start(Kind.ALL_GATHER, x, torch.cat)
+        return memory.start(Kind.ALL_GATHER, x, torch.cat, subject)
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    memory = _memory(x, axis, tag, whole=tag not in DP_TAGS)
-    if memory is not None:
-        rows = out.view(axis.size, -1)
-        return _Pieces(memory, Kind.ALL_GATHER, x.view(1, -1), lambda part, parts: torch.cat(parts, out=rows[:, part]), out)
     if x.device.type != "cpu":
         return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
     parts = out.view(axis.size, *x.shape).unbind()
-    works = _exchange([x] * axis.size, parts, axis, tag)
+    works = _exchange([x] * axis.size, parts, axis, tag + subject)
     parts[axis.rank].copy_(x)
     return _Messages(works, lambda: out)
+
+
+def start_gather(row: Tensor, axis: Axis, tag: int, write: Callable[[slice, list[Tensor]], object], *, subject: int) -> Pending:
+    """Starts fetching every rank's [c], which stays as it is until this has been waited for.
+
+    By then `write(columns, parts)` has been given all columns, some at a time: each rank's, in memory that is used again. tag, subject: as
+    for start_all_gather.
+    """
+    memory = _memory(row, axis, tag, whole=False)
+    if memory is not None:
+        return _Pieces(memory, Kind.ALL_GATHER, row.view(1, -1), lambda at, parts: write(at, [part[0] for part in parts]), row, subject)
+    pending = start_all_gather(row, axis, tag, subject)
+
+    def finish() -> Tensor:
+        write(slice(0, row.numel()), list(pending.wait().view(axis.size, row.numel()).unbind()))
+        return row
+
+    return _Messages([], finish)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = None, native: bool = True, tag: int = 0) -> Pending:
@@ -206,9 +224,15 @@ class _Pieces:
     """A collective of the columns of a tensor, through shared memory piece by piece: some are posted now, the others in `wait`."""
 
     def __init__(
-        self, memory: SharedMemory, kind: Kind, columns: Tensor, read: Callable[[slice, list[Tensor]], object], out: Tensor
+        self,
+        memory: SharedMemory,
+        kind: Kind,
+        columns: Tensor,
+        read: Callable[[slice, list[Tensor]], object],
+        out: Tensor,
+        subject: int = 0,
     ) -> None:
-        self._memory, self._kind, self._columns, self._read, self._out = memory, kind, columns, read, out
+        self._memory, self._kind, self._columns, self._read, self._out, self._subject = memory, kind, columns, read, out, subject
         width = max(1, memory.slot // (columns.shape[0] * columns.element_size()))
         self._left = [slice(start, start + width) for start in range(0, columns.shape[1], width)]
         self._posted: list[Pending] = []
@@ -229,7 +253,7 @@ class _Pieces:
                 self._read(part, parts)
                 return self._out
 
-            self._posted.append(self._memory.start(self._kind, self._columns[:, part], read))
+            self._posted.append(self._memory.start(self._kind, self._columns[:, part], read, self._subject))
 
 
 def _ordered_sum(parts: Sequence[Tensor], out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megapar import ParallelMesh, shared_memory
 from megapar.mesh import GATHER, REDUCE, Axis
 from megapar.shared_memory import FOLDER, RING, SharedMemory, process_is_gone
-from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
+from megapar.transport import start_all_gather, start_all_reduce, start_gather, start_reduce_scatter
 from tests.ranks import RankError
 
 SHARED = pytest.mark.skipif(shared_memory._host() == 0, reason="this processor or system shares no memory between ranks")
@@ -90,6 +91,12 @@ def test_ranks_agree_to_share(ranks):
     assert not [file for file in left if file.exists()], "the file lives only until it is mapped"
 
 
+def write(rows: torch.Tensor, columns: slice, parts: list[torch.Tensor]) -> None:
+    for row, part in zip(rows, parts, strict=True):
+        assert (row[columns] == -1).all(), "once"
+        row[columns] = part
+
+
 def in_pieces(world: int) -> None:
     """Larger than a slot, along dp, two of each under way: reductions and gathers of one value a column, of a dtype that the sum widens."""
     dp = ParallelMesh().dp
@@ -98,12 +105,14 @@ def in_pieces(world: int) -> None:
         before = memory._started
         mine = [torch.arange(world * size).bfloat16() * (dp.rank + 1) + k for k in range(2)]
         reductions = [start_reduce_scatter(x, dp, dtype=torch.float32, tag=REDUCE) for x in mine]
-        gathers = [start_all_gather(torch.arange(size) * (dp.rank + 1) + k, dp, GATHER) for k in range(2)]
+        found = [torch.full((world, size), -1) for _ in range(2)]
+        gathers = [start_gather(torch.arange(size) * (dp.rank + 1) + k, dp, GATHER, partial(write, found[k]), subject=k) for k in range(2)]
         for k in range(2):
             columns = torch.arange(dp.rank * size, (dp.rank + 1) * size)
             terms = [(torch.arange(world * size).bfloat16() * (r + 1) + k)[columns].float() for r in range(world)]
             assert torch.equal(reductions[k].wait(), sum(terms[1:], terms[0]))
-            assert torch.equal(gathers[k].wait(), torch.cat([torch.arange(size) * (r + 1) + k for r in range(world)]))
+            gathers[k].wait()
+            assert torch.equal(found[k], torch.stack([torch.arange(size) * (r + 1) + k for r in range(world)]))
         assert memory._started - before >= 2 * (2 * (world - 1) * size // slot)
 
 
@@ -163,6 +172,8 @@ def disagree(what: str) -> str:
     tp = ParallelMesh(tp=2).tp
     size = 4 if what == "size" and tp.rank == 1 else 2
     start = start_all_reduce if what == "kind" and tp.rank == 1 else start_all_gather
+    if what == "subject":
+        start = partial(start_all_gather, subject=7 + tp.rank)
     with pytest.raises(RuntimeError) as first:
         start(torch.ones(size), tp).wait()
     with pytest.raises(RuntimeError, match="an earlier collective of this axis failed"):
@@ -174,4 +185,6 @@ def disagree(what: str) -> str:
 def test_disagreement_is_an_error(ranks):
     told = ranks.run(2, disagree, "size")
     assert told[0].startswith("rank 1 of the axis is in ALL_GATHER of 4 x 4 bytes, this one in ALL_GATHER of 2 x 4 bytes")
+    told = ranks.run(2, disagree, "subject")
+    assert told[0].startswith("rank 1 of the axis is in ALL_GATHER number 8 of 2 x 4 bytes, this one in ALL_GATHER number 7 of 2 x 4 bytes")
     assert ranks.run(2, disagree, "kind")[1].startswith("rank 0 of the axis is in ALL_GATHER of 2 x 4 bytes, this one in ALL_REDUCE")

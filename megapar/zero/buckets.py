@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from megapar.grads import MainGrads
 from megapar.mesh import GATHER, REDUCE, Axis
 from megapar.params import spec_of
-from megapar.transport import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
-from megapar.zero.layout import Bucket, Layout
+from megapar.transport import Pending, start_all_reduce, start_gather, start_reduce_scatter
+from megapar.zero.layout import Bucket, Layout, write_columns
 
 UNDER_WAY = 2
 """Buckets whose reduction may be under way at once: more would hold more memory and end no sooner."""
@@ -273,16 +274,15 @@ class GradBuckets(MainGrads):
                 self.shards[index].copy_(part)
 
     def _gather_whole(self) -> None:
-        ranks = self.axis.size
-        gathers = []
+        wholes = [self.whole(index) for index in range(len(self.shards))]
+        gathers: list[Pending] = []
         for bucket in self.layout.buckets:
             row = torch.cat([self.shards[member.index] for member in bucket.members])
-            gathers.append((bucket, start_all_gather(row, self.axis, GATHER)))
-            while len(gathers) > UNDER_WAY or (bucket.number == len(self.layout.buckets) - 1 and gathers):
-                done, pending = gathers.pop(0)
-                rows = pending.wait().view(ranks, -1)
-                for member in done.members:
-                    self.whole(member.index).view(ranks, -1).copy_(rows[:, member.offset : member.offset + member.size])
+            gathers.append(start_gather(row, self.axis, GATHER, partial(write_columns, bucket, wholes), subject=1 + bucket.number))
+            while len(gathers) > UNDER_WAY:
+                gathers.pop(0).wait()
+        for pending in gathers:
+            pending.wait()
 
 
 def _partial_sums(params: Sequence[Any]) -> Iterator[tuple[Axis, list[int]]]:

@@ -165,12 +165,10 @@ class Gathers:
     def _end(self, bucket: Bucket) -> None:
         if bucket.number not in self._pending:
             return
-        if not self.weights.sharded:
-            # In the order of their starts, whatever this rank uses first: pieces of them are still to be posted, in one order on all ranks.
-            while (first := next(iter(self._pending))) != bucket.number:
-                self._end(self._pending[first][0])
-        _, pending = self._pending.pop(bucket.number)
-        self.weights.end_gather(bucket, pending)
+        # In the order of their starts, whatever this rank uses first: pieces of them are still to be posted, in one order on all ranks.
+        while (first := next(iter(self._pending))) != bucket.number:
+            self._end(self._pending[first][0])
+        self._pending.pop(bucket.number)[1].wait()
         self._whole.add(bucket.number)
         for member in bucket.members:
             _set_freed(self.weights.params[member.index], False)

@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from megapar.params import Interval, ParamSpec, Piece
 
 ALIGNMENT = 16
@@ -102,6 +104,19 @@ def make_layout(entries: Sequence[Entry], ranks: int, bucket_elements: int) -> L
                 buckets.append(Bucket(len(buckets), group, tuple(members), width))
                 members, width = [], 0
     return Layout(tuple(entries), ranks, tuple(buckets))
+
+
+def write_columns(bucket: Bucket, wholes: Sequence[Tensor], columns: slice, parts: Sequence[Tensor]) -> None:
+    """Writes some columns of every rank's row of a bucket where they belong.
+
+    wholes[i]: parameter i, flat, every rank's shard after the other's. parts: each rank's row, only its `columns`.
+    """
+    for member in bucket.members:
+        start, stop = max(columns.start, member.offset), min(columns.stop, member.offset + member.size)
+        if start < stop:
+            rows = wholes[member.index].view(len(parts), -1)[:, start - member.offset : stop - member.offset]
+            for rank, part in enumerate(parts):
+                rows[rank].copy_(part[start - columns.start : stop - columns.start])
 
 
 def boxes(spec: ParamSpec, start: int, stop: int) -> Iterator[tuple[Piece, int]]:

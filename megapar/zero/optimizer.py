@@ -169,10 +169,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.grads.finish()
             told = step_totals(self.grads, self._listed.specs, self.mesh, count, shared)
             rest = told[3:]
+            self.gathers.release()  # what is under way would read shards that change
             if told.device.type == "cpu" and not float(rest[0]) > 0:
                 raise ValueError(f"the step counted {float(rest[0]):g} on all ranks and cannot divide by it: give samples with targets")
             if accept is not None and not accept(found := foreseen(told, self.loss_scale)):
-                self.gathers.release()
                 self.zero_grad()
                 self._skipped += 1
                 return found

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megapar.mesh import GATHER, Axis
 from megapar.params import materialize
-from megapar.transport import Pending, start_all_gather
-from megapar.zero.layout import Bucket, Layout
+from megapar.transport import Pending, start_gather
+from megapar.zero.layout import Bucket, Layout, write_columns
 
 
 class Weights:
@@ -28,16 +28,20 @@ class Weights:
         self.replicated = replicated or axis.size == 1
         self.shards: list[Tensor] = [torch.empty(0)] * len(self.params)
         self._flat: list[Tensor] = [torch.empty(0)] * len(self.params)
-        self._sizes = {member.index: member.size for bucket in layout.buckets for member in bucket.members}
+        self._places = {member.index: (bucket, member) for bucket in layout.buckets for member in bucket.members}
+        self._rows: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def place(self, index: int, values: Tensor) -> None:
         """Makes a parameter's memory and fills it. values: flat, in the weights' format; all of it, or if sharded this rank's shard."""
-        param, size, ranks = self.params[index], self._sizes[index], self.axis.size
+        param, (bucket, member), ranks = self.params[index], self._places[index], self.axis.size
+        size = member.size
         flat = values.new_empty(size * ranks)
         whole = flat[: param.numel()].view(param.shape)
         if self.sharded:
-            shard = values.new_empty(size)
+            # A bucket's shards lie as they travel.
+            row = self._rows.setdefault(bucket.number, values.new_empty(bucket.width))
+            shard = row[member.offset : member.offset + size]
             flat.untyped_storage().resize_(0)  # now: those of all parameters may not fit (tests/zero/test_from_meta.py::test_place)
         else:
             shard = flat if self.replicated else flat.view(ranks, -1)[self.axis.rank]
@@ -73,24 +77,27 @@ class Weights:
                 self._flat[member.index].untyped_storage().resize_(0)
 
     def start_gather(self, bucket: Bucket) -> Pending:
-        """Starts fetching the other ranks' shards."""
-        row = torch.cat([self.shards[member.index] for member in bucket.members])
-        # Stage 3 has a tag for each bucket: ranks that run different blocks must not take one's shards for another's
-        # (tests/zero/test_gather.py::test_ranks_that_run_different_blocks).
-        return start_all_gather(row, self.axis, GATHER + 1 + bucket.number if self.sharded else GATHER)
+        """Starts fetching the other ranks' shards; the whole weights are there when it has been waited for."""
 
-    @torch.no_grad()
-    def end_gather(self, bucket: Bucket, pending: Pending) -> None:
-        """Waits for them, and writes the whole weights."""
-        ranks = self.axis.size
-        rows = pending.wait().view(ranks, bucket.width)
+        @torch.no_grad()
+        def write(columns: slice, parts: list[Tensor]) -> None:
+            self._make_room(bucket)
+            # .detach() shares the version counter and .data does not: autograd must not take this for a change of what it saved.
+            write_columns(bucket, [flat.data for flat in self._flat], columns, parts)
+
+        row = self._rows.get(bucket.number)
+        if row is None:
+            row = torch.cat([self.shards[member.index] for member in bucket.members])
+        # Ranks that run different blocks must not take one's shards for another's
+        # (tests/zero/test_gather.py::test_ranks_that_run_different_blocks).
+        return start_gather(row, self.axis, GATHER, write, subject=1 + bucket.number)
+
+    def _make_room(self, bucket: Bucket) -> None:
         for member in bucket.members:
             flat = self._flat[member.index]
             storage, size = flat.untyped_storage(), flat.numel() * flat.element_size()
             if storage.size() < size:
                 storage.resize_(size)
-            # .detach() shares the version counter and .data does not: autograd must not take this for a change of what it saved.
-            flat.data.view(ranks, -1).copy_(rows[:, member.offset : member.offset + member.size])
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -286,4 +286,5 @@ def different_blocks() -> None:
 
 def test_ranks_that_run_different_blocks(ranks):
     for told in ranks.errors(4, different_blocks):
-        assert "Timed out" in told or "Connection closed" in told
+        through_memory = "is in ALL_GATHER number " in told and "give all ranks the same calls" in told
+        assert through_memory or "failed and left" in told or "Timed out" in told or "Connection closed" in told

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapar.params import ParamSpec, Piece
-from megapar.zero.layout import ALIGNMENT, Entry, Layout, boxes, make_layout, parts, shard_size
+from megapar.zero.layout import ALIGNMENT, Entry, Layout, boxes, make_layout, parts, shard_size, write_columns
 
 
 @st.composite
@@ -38,6 +38,21 @@ def test_shards_tile_each_parameter(found, ranks, bucket, other):
             assert start % ALIGNMENT == 0 or start == stop
         again = make_layout(found, ranks, other)
         assert intervals == [again.interval(index, rank) for rank in range(ranks)], "a shard does not depend on the bucket"
+
+
+@given(entries(), st.integers(1, 5), BUCKETS, st.integers(1, 500))
+def test_columns_are_written_where_they_belong(found, ranks, bucket, width):
+    """Whatever the pieces in which rows come."""
+    layout = make_layout(found, ranks, bucket)
+    sizes = {member.index: member.size for b in layout.buckets for member in b.members}
+    values = [torch.arange(ranks * sizes[i]) + 10**6 * i for i in range(len(found))]
+    wholes = [torch.full_like(value, -1) for value in values]
+    for b in layout.buckets:
+        rows = [torch.cat([values[m.index].view(ranks, m.size)[rank] for m in b.members]) for rank in range(ranks)]
+        for start in range(0, b.width, width):
+            columns = slice(start, min(start + width, b.width))
+            write_columns(b, wholes, columns, [row[columns] for row in rows])
+    assert all(map(torch.equal, wholes, values))
 
 
 @given(entries(), st.integers(1, 9), BUCKETS)
