@@ -29,6 +29,7 @@ NAMES = (
     "tensor_parallel",
     "pipeline",
     "zero",
+    "precision",
     "checkpoint",
     "silent_errors",
     "gpu_static",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_llama import Llama, seeded
+from megapar.optim.precision import PARAMETERS
 
 Data = list[tuple[Tensor, Tensor]]
 """A rank's micro-batches of (inputs, targets), int64 [b, s]."""
@@ -39,7 +40,7 @@ class Case:
     """
 
     sizes: Sizes = field(default_factory=Sizes)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     reduce_every: Literal["step", "micro_batch"] = "step"
     lr: float = 1e-4
     eps: float = 1e-8
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return PARAMETERS[self.precision]
 
     @property
     def adamw(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megapar.shared_memory import SharedMemory, connect
 
 DP_TAGS = REDUCE, GATHER = 1, 2
-"""Of collectives along dp that keep one order on all ranks, each for itself: reductions, and gathers of what every rank gathers."""
+"""Of collectives along dp that keep one order on all ranks, each for itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ class ParallelMesh:
         """The axis with memory for collectives of these tags, where its ranks can share any."""
         if axis.group is None or axis.timeout is None or self.device.type != "cpu" or dist.get_backend(axis.group) != "gloo":
             return axis
-        made = {tag: connect(axis.rank, axis.size, axis.group, axis.timeout.total_seconds()) for tag in tags}
+        made = {tag: connect(axis.rank, axis.size, axis.group, axis.timeout.total_seconds(), len(tags)) for tag in tags}
         return replace(axis, memory={tag: memory for tag, memory in made.items() if memory is not None})
 
     def _axis(self, name: str, grid: list[list[int]], timeout: timedelta) -> Axis:

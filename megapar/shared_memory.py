@@ -32,7 +32,7 @@ FOLDER = Path("/dev/shm")
 RING = 4
 """Operations that may be under way at once."""
 MOST_BYTES = 48 << 20
-"""Of one axis; containers often grant 64 MiB of shared memory in all."""
+"""Of all tags of an axis; containers often grant 64 MiB of shared memory in all."""
 LARGEST_SLOT = 4 << 20
 LINE = 64
 """Bytes of a cache line: what different ranks write lies on different ones. A rank's holds its counter, then RING signatures."""
@@ -68,7 +68,9 @@ class SharedMemory:
         self._broken: BaseException | None = None
 
     def start(self, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor], subject: int = 0) -> Posted:
-        """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank, when it is waited for.
+        """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank.
+
+        It does so when it is waited for, or in a later `start` that needs its slot, and must start nothing on this memory itself.
 
         subject: what it is about, below 2^31, which has to be the same on all ranks.
         """
@@ -169,14 +171,14 @@ def _described(signature: int) -> str:
     return f"{Kind(rest % 8).name} {f'number {subject} ' if subject else ''}of {rest // 64} x {rest // 8 % 8 + 1} bytes"
 
 
-def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> SharedMemory | None:
-    """Memory shared by all ranks of the group, or None, on all of them, where they cannot share any.
+def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float, tags: int = 1) -> SharedMemory | None:
+    """Memory shared by all ranks of the group, or None, on all of them, where they cannot share any. tags: how many such they make.
 
     Three small collectives, and a file that exists only until every rank has mapped it.
     """
     if len(set(_everyone(_host(), size, group))) > 1 or _host() == 0:
         return None
-    slot = min(LARGEST_SLOT, MOST_BYTES // (size * RING)) // LINE * LINE
+    slot = min(LARGEST_SLOT, MOST_BYTES // (tags * size * RING)) // LINE * LINE
     total = 2 * size * LINE + size * RING * slot
     created = _create(total) if rank == 0 else 0
     try:

@@ -1,9 +1,10 @@
 """Collectives and messages along one Axis, started now and waited for later.
 
 On CUDA they are NCCL's. On CPU every rank gets every other's tensor and adds them itself, in rank order, in at least fp32: through memory
-that the ranks of a host share (`megapar.shared_memory`) as long as the tensor fits, else as one message to each through the process
-group. gloo's own collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop.
-`benchmarks/overhead.py` measures the difference. An all-reduce of a large tensor over more than two ranks is gloo's, which sends less.
+that the ranks of a host share (`megapar.shared_memory`), along dp piece by piece; where there is none, or the tensor does not fit along tp,
+as one message to each through the process group. gloo's own collectives take several messages each (its reduce-scatter is an all-reduce
+inside) and round 16-bit sums at every hop. `benchmarks/overhead.py` measures the difference. An all-reduce of a large tensor over more
+than two ranks is gloo's, which sends less.
 
 Whatever goes wrong with another rank raises CommunicationError.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.mesh import DP_TAGS, Axis
+from megapar.mesh import DP_TAGS, GATHER, Axis
 from megapar.shared_memory import CommunicationError, Kind, SharedMemory
 
 # torch 2.13 renamed these two and warns at each call of the old names; older versions know only those.
@@ -27,7 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 PIECES_AHEAD = 2
-"""Of a large collective through shared memory, how many pieces are posted before it is waited for: two such may be under way."""
+"""Of a large collective through shared memory, how many pieces are posted before it is waited for."""
 NEVER = 2**31 - 1
 """The tag of no message."""
 
@@ -129,41 +130,41 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return _Messages(works, lambda: x.add_(other))
 
 
-def start_all_gather(x: Tensor, axis: Axis, tag: int = 0, subject: int = 0) -> Pending:
-    """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order.
-
-    subject: what it is about. Ranks that gather different ones at once never take one's for the other's: they raise CommunicationError,
-    except on NCCL.
-    """
+def start_all_gather(x: Tensor, axis: Axis, tag: int = 0) -> Pending:
+    """Starts joining every rank's [c, ...] into [size * c, ...]. Between processes, collectives of one tag keep their order."""
     x = x.contiguous()
     memory = _memory(x, axis, tag)
+    return _gather(x, axis, tag) if memory is None else memory.start(Kind.ALL_GATHER, x, torch.cat)
+
+
+def start_gather(row: Tensor, axis: Axis, write: Callable[[slice, Sequence[Tensor] | Tensor], object], *, subject: int) -> Pending:
+    """Starts fetching every rank's [c] along dp, where all ranks start such gathers in one order; `row` stays as it is until the end.
+
+    By the time this has been waited for, or earlier, `write(columns, parts)` has been given all columns, some at a time, of each rank, in
+    memory that is used again. subject: above 0, what is gathered: between CPUs, ranks that differ in it raise CommunicationError instead of
+    taking one's for the other's.
+    """
+    memory = _memory(row, axis, GATHER, whole=False)
     if memory is not None:
-        return memory.start(Kind.ALL_GATHER, x, torch.cat, subject)
+        return _Pieces(memory, Kind.ALL_GATHER, row.view(1, -1), lambda at, parts: write(at, [part[0] for part in parts]), row, subject)
+    pending = _gather(row, axis, GATHER + subject)
+
+    def finish() -> Tensor:
+        write(slice(0, row.numel()), pending.wait().view(axis.size, row.numel()))
+        return row
+
+    return _Messages([], finish)
+
+
+def _gather(x: Tensor, axis: Axis, tag: int) -> Pending:
+    """start_all_gather by the process group."""
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     if x.device.type != "cpu":
         return _Messages([_all_gather(out, x, group=group_of(axis), async_op=True)], lambda: out)
     parts = out.view(axis.size, *x.shape).unbind()
-    works = _exchange([x] * axis.size, parts, axis, tag + subject)
+    works = _exchange([x] * axis.size, parts, axis, tag)
     parts[axis.rank].copy_(x)
     return _Messages(works, lambda: out)
-
-
-def start_gather(row: Tensor, axis: Axis, tag: int, write: Callable[[slice, list[Tensor]], object], *, subject: int) -> Pending:
-    """Starts fetching every rank's [c], which stays as it is until this has been waited for.
-
-    By then `write(columns, parts)` has been given all columns, some at a time: each rank's, in memory that is used again. tag, subject: as
-    for start_all_gather.
-    """
-    memory = _memory(row, axis, tag, whole=False)
-    if memory is not None:
-        return _Pieces(memory, Kind.ALL_GATHER, row.view(1, -1), lambda at, parts: write(at, [part[0] for part in parts]), row, subject)
-    pending = start_all_gather(row, axis, tag, subject)
-
-    def finish() -> Tensor:
-        write(slice(0, row.numel()), list(pending.wait().view(axis.size, row.numel()).unbind()))
-        return row
-
-    return _Messages([], finish)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis, *, dtype: torch.dtype | None = None, native: bool = True, tag: int = 0) -> Pending:

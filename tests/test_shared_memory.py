@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megapar import ParallelMesh, shared_memory
-from megapar.mesh import GATHER, REDUCE, Axis
+from megapar.mesh import REDUCE, Axis
 from megapar.shared_memory import FOLDER, RING, SharedMemory, process_is_gone
 from megapar.transport import start_all_gather, start_all_reduce, start_gather, start_reduce_scatter
 from tests.ranks import RankError
@@ -106,7 +106,7 @@ def in_pieces(world: int) -> None:
         mine = [torch.arange(world * size).bfloat16() * (dp.rank + 1) + k for k in range(2)]
         reductions = [start_reduce_scatter(x, dp, dtype=torch.float32, tag=REDUCE) for x in mine]
         found = [torch.full((world, size), -1) for _ in range(2)]
-        gathers = [start_gather(torch.arange(size) * (dp.rank + 1) + k, dp, GATHER, partial(write, found[k]), subject=k) for k in range(2)]
+        gathers = [start_gather(torch.arange(size) * (dp.rank + 1) + k, dp, partial(write, found[k]), subject=k + 1) for k in range(2)]
         for k in range(2):
             columns = torch.arange(dp.rank * size, (dp.rank + 1) * size)
             terms = [(torch.arange(world * size).bfloat16() * (r + 1) + k)[columns].float() for r in range(world)]
@@ -169,15 +169,15 @@ def test_process_is_gone():
 
 def disagree(what: str) -> str:
     """What each rank is told when their calls differ, and what a later call on the same axis says."""
-    tp = ParallelMesh(tp=2).tp
+    tp = ParallelMesh(tp=2).tp if what != "subject" else ParallelMesh().dp
     size = 4 if what == "size" and tp.rank == 1 else 2
     start = start_all_reduce if what == "kind" and tp.rank == 1 else start_all_gather
     if what == "subject":
-        start = partial(start_all_gather, subject=7 + tp.rank)
+        start = partial(start_gather, write=print, subject=7 + tp.rank)
     with pytest.raises(RuntimeError) as first:
         start(torch.ones(size), tp).wait()
     with pytest.raises(RuntimeError, match="an earlier collective of this axis failed"):
-        start_all_gather(torch.ones(1), tp)
+        start(torch.ones(1), tp)
     return str(first.value)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megapar.grads import MainGrads
-from megapar.mesh import GATHER, REDUCE, Axis
+from megapar.mesh import REDUCE, Axis
 from megapar.params import spec_of
 from megapar.transport import Pending, start_all_reduce, start_gather, start_reduce_scatter
 from megapar.zero.layout import Bucket, Layout, write_columns
@@ -278,7 +278,7 @@ class GradBuckets(MainGrads):
         gathers: list[Pending] = []
         for bucket in self.layout.buckets:
             row = torch.cat([self.shards[member.index] for member in bucket.members])
-            gathers.append(start_gather(row, self.axis, GATHER, partial(write_columns, bucket, wholes), subject=1 + bucket.number))
+            gathers.append(start_gather(row, self.axis, partial(write_columns, bucket, wholes), subject=1 + bucket.number))
             while len(gathers) > UNDER_WAY:
                 gathers.pop(0).wait()
         for pending in gathers:

@@ -25,7 +25,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter as the layout sees it. group: parameters of different groups share no bucket (a pipeline stage, a block, a dtype)."""
+    """A parameter as the layout sees it. group: parameters of different groups share no bucket (a pipeline stage, a block)."""
 
     name: str
     numel: int
@@ -106,17 +106,21 @@ def make_layout(entries: Sequence[Entry], ranks: int, bucket_elements: int) -> L
     return Layout(tuple(entries), ranks, tuple(buckets))
 
 
-def write_columns(bucket: Bucket, wholes: Sequence[Tensor], columns: slice, parts: Sequence[Tensor]) -> None:
+def write_columns(bucket: Bucket, wholes: Sequence[Tensor], columns: slice, parts: Sequence[Tensor] | Tensor) -> None:
     """Writes some columns of every rank's row of a bucket where they belong.
 
-    wholes[i]: parameter i, flat, every rank's shard after the other's. parts: each rank's row, only its `columns`.
+    wholes[i]: parameter i, flat, every rank's shard after the other's. parts: each rank's row, only its `columns`; or one tensor of them.
     """
     for member in bucket.members:
         start, stop = max(columns.start, member.offset), min(columns.stop, member.offset + member.size)
         if start < stop:
             rows = wholes[member.index].view(len(parts), -1)[:, start - member.offset : stop - member.offset]
-            for rank, part in enumerate(parts):
-                rows[rank].copy_(part[start - columns.start : stop - columns.start])
+            mine = slice(start - columns.start, stop - columns.start)
+            if isinstance(parts, Tensor):
+                rows.copy_(parts[:, mine])  # one kernel on a GPU, however many ranks
+                continue
+            for row, part in zip(rows, parts, strict=True):
+                row.copy_(part[mine])
 
 
 def boxes(spec: ParamSpec, start: int, stop: int) -> Iterator[tuple[Piece, int]]:

@@ -137,9 +137,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with self._together("a backward"):
             with self.grads.accumulating(backwards, last):
                 yield
-            self.grads.end_window()
+            # Before this rank waits for reductions: another may still wait for what it has not posted of a gather.
             if self.options.reshard_every == "micro_batch" or last:
                 self.gathers.release()
+            self.grads.end_window()
 
     def actions(self, stage_to_rank: Sequence[int]) -> Callable[[Any], None]:
         """What UNSHARD, RESHARD and REDUCE_GRAD of a pipeline with these stages do: `PipelineRunner(sharding=)`."""

@@ -3,11 +3,12 @@
 import copy
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from megapar import FusedAdamW, ParallelMesh
+from megapar import FusedAdamW, ParallelMesh, shared_memory
 from megapar.optim.precision import Precision
 from megapar.zero.setup import AdamW
 from tests.parity import boxes, gradients, logical
@@ -73,6 +74,19 @@ def test_bf16(ranks, name):
     for every in ("step", "micro_batch") if "master" in name else ("step",):
         common = {"precision": PRECISIONS[name], "reduce_every": every}
         ranks.run(2, all_alike, 1, {**common, "payload": torch.bfloat16 if name == "remainder" else torch.float32}, FEW)
+
+
+def all_alike_by(way: str, cases: list[Case]) -> None:
+    """Over dp by messages, or through memory in many pieces, as large models go."""
+    name, stand_in = ("_host", lambda: 0) if way == "messages" else ("LARGEST_SLOT", 1024)
+    with mock.patch.object(shared_memory, name, stand_in):
+        all_alike(1, {}, cases, steps=4)
+
+
+@pytest.mark.parametrize("way", ["messages", "pieces"])
+@pytest.mark.parametrize("dp", [2, 3])
+def test_every_way_over_the_wire(ranks, way, dp):
+    ranks.run(dp, all_alike_by, way, FEW + MORE[::2])
 
 
 @pytest.mark.parametrize("name", ["tied", "gpt"])

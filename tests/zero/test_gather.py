@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megapar import ParallelMesh
+from megapar import ParallelMesh, shared_memory
 from tests.zero.common import PlainBlock, reduced, wrapped
 
 WIDTH = 12
@@ -274,6 +275,22 @@ def mute() -> None:
 def test_a_block_that_returns_no_tensor(ranks):
     for told in ranks.errors(2, mute):
         assert told.startswith("block 0.blocks.0 returned a NoneType in which no tensor is found: return tensors, or tuples")
+
+
+def unused_gathers() -> None:
+    """What has come of them is written as soon as others need their room: the weights are there, and nobody may touch them yet."""
+    with mock.patch.object(shared_memory, "LARGEST_SLOT", 256):
+        mesh = ParallelMesh()
+    model = Net(block, in_order)
+    optimizer = wrapped(model, mesh, stage=3)
+    optimizer.backward(model(data(0, 0, 0)).square().sum())
+    for unit in optimizer.gathers.units[0]:
+        optimizer.gathers.start(unit)
+    optimizer.step(1)
+
+
+def test_a_gather_that_nobody_waits_for(ranks):
+    ranks.run(2, unused_gathers)
 
 
 def different_blocks() -> None:
