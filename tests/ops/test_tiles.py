@@ -16,6 +16,7 @@ from megapar.ops.triton.tiles import (
     SLOPE,
     SWIGLU,
     SWIGLU_SLOPE,
+    Epilogue,
     Tile,
     candidates,
     choose,
@@ -27,7 +28,8 @@ from tests.row_ops import DEVICE, DTYPES, FP32, UNIT, normal
 
 BF16, FP16 = torch.bfloat16, torch.float16
 T4, A10, B200 = Target(75, 40), Target(86, 72), Target(100, 148)
-EPILOGUES = (PLAIN, SWIGLU, SLOPE, SWIGLU_SLOPE, ACCUMULATE)
+UNROUNDED, UNROUNDED_SWIGLU = Epilogue(unrounded=True), Epilogue(accumulators=2, unrounded=True)
+EPILOGUES = (PLAIN, SWIGLU, SLOPE, SWIGLU_SLOPE, ACCUMULATE, UNROUNDED, UNROUNDED_SWIGLU)
 any_target = st.builds(Target, st.sampled_from([75, 80, 86, 87, 89, 90, 100, 103, 120]), st.integers(1, 200))
 any_epilogue, any_dtype, any_size = st.sampled_from(EPILOGUES), st.sampled_from(DTYPES), st.integers(0, 2**20)
 
@@ -42,6 +44,10 @@ any_epilogue, any_dtype, any_size = st.sampled_from(EPILOGUES), st.sampled_from(
         (8192, 14336, H100, SWIGLU, (128, 128)),
         (8192, 14336, A100, SWIGLU, (128, 64)),
         (8192, 14336, B200, SWIGLU_SLOPE, (128, 64)),
+        (8192, 8192, H100, UNROUNDED, (128, 256)),
+        (8192, 8192, B200, PLAIN, (128, 256)),
+        (8192, 8192, B200, UNROUNDED, (128, 128)),
+        (8192, 8192, B200, UNROUNDED_SWIGLU, (128, 64)),
         # 64 tiles of 128 x 256 would leave half of the multiprocessors without one.
         (512, 4096, H100, PLAIN, (128, 128)),
         (1, 4096, H100, PLAIN, (64, 64)),

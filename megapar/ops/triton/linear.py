@@ -6,6 +6,8 @@ with two accumulators, so that gate and up of the same place meet in one program
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -122,7 +124,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
     y, z = x.new_empty(with_last(x, n)), x.new_empty(with_last(x, out) if save else (0,))
     t = flat.shape[0]
     args = (flat, weight, bias, y, z if save else None, t, n, k, stride(flat), 1)
-    launch_gemm(linear_kernel, t, n, SWIGLU if pair else PLAIN, args, widths=(n, k, stride(flat)), ACTIVATION=activation)
+    epilogue = replace(SWIGLU if pair else PLAIN, unrounded=bias is not None and activation != "none" and not save)
+    launch_gemm(linear_kernel, t, n, epilogue, args, widths=(n, k, stride(flat)), ACTIVATION=activation)
     return y, z
 
 

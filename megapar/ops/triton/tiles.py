@@ -8,7 +8,8 @@ What bounds a tile:
     registers    m n / (32 num_warps) numbers a thread, once for each accumulator and each tile that the epilogue reads: 128 of 255 at most,
                  and the rest holds addresses, masks, converted pairs. Half as many accumulators before sm_90, whose mma.sync has its
                  operands in registers too. What that avoids, with Triton 3.7.1: 128 x 256 spills on sm_80; `beta target` into fp32, or
-                 SwiGLU's gradient (gate and up are read), spill at 128 x 256 and 128 x 128 (tests/aot/test_linear.py).
+                 SwiGLU's gradient (gate and up are read), spill at 128 x 256 and 128 x 128 (tests/aot/test_linear.py). Half as many on
+                 sm_100, too, where a biased sum is activated without being rounded and saved in between.
     shared       num_stages (m + n) k bytes a number, of what a program may have. Four stages hide the latency of the copies; fewer where
                  they do not fit. One large program a multiprocessor is what is meant, and three of the smallest.
     instruction  wgmma and tcgen05 take 64 rows for four warps: no tile is lower.
@@ -29,10 +30,12 @@ from megapar.ops.triton.launch import Target, ceil_div
 
 @dataclass(frozen=True)
 class Epilogue:
-    """accumulators: tiles that the main loop sums. reads: tiles as large that are loaded before the result is stored."""
+    """accumulators: tiles that the main loop sums. reads: tiles as large that are loaded before the result is stored. unrounded: whether a
+    biased sum is activated as it is."""
 
     accumulators: int = 1
     reads: int = 0
+    unrounded: bool = False
 
 
 PLAIN, SWIGLU = Epilogue(), Epilogue(accumulators=2)
@@ -105,7 +108,8 @@ def registers_fit(numbers: int, arch: int, epilogue: Epilogue) -> bool:
     """numbers: of one tile, a thread."""
     accumulators = numbers * epilogue.accumulators
     operands_in_registers = arch < 90 or arch >= 120
-    return accumulators <= (64 if operands_in_registers else 128) and accumulators + numbers * epilogue.reads <= 128
+    half = operands_in_registers or (epilogue.unrounded and datacenter_blackwell(arch))
+    return accumulators <= (64 if half else 128) and accumulators + numbers * epilogue.reads <= 128
 
 
 def shared(arch: int) -> int:
