@@ -274,11 +274,10 @@ class GradBuckets(MainGrads):
                 self.shards[index].copy_(part)
 
     def _gather_whole(self) -> None:
-        wholes = [self.whole(index) for index in range(len(self.shards))]
         gathers: list[Pending] = []
         for bucket in self.layout.buckets:
             row = torch.cat([self.shards[member.index] for member in bucket.members])
-            gathers.append(start_gather(row, self.axis, partial(write_columns, bucket, wholes), subject=1 + bucket.number))
+            gathers.append(start_gather(row, self.axis, partial(write_columns, bucket, self.whole), subject=1 + bucket.number))
             while len(gathers) > UNDER_WAY:
                 gathers.pop(0).wait()
         for pending in gathers:

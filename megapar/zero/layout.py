@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -106,15 +106,15 @@ def make_layout(entries: Sequence[Entry], ranks: int, bucket_elements: int) -> L
     return Layout(tuple(entries), ranks, tuple(buckets))
 
 
-def write_columns(bucket: Bucket, wholes: Sequence[Tensor], columns: slice, parts: Sequence[Tensor] | Tensor) -> None:
+def write_columns(bucket: Bucket, whole: Callable[[int], Tensor], columns: slice, parts: Sequence[Tensor] | Tensor) -> None:
     """Writes some columns of every rank's row of a bucket where they belong.
 
-    wholes[i]: parameter i, flat, every rank's shard after the other's. parts: each rank's row, only its `columns`; or one tensor of them.
+    whole(i): parameter i, flat, every rank's shard after the other's. parts: each rank's row, only its `columns`; or one tensor of them.
     """
     for member in bucket.members:
         start, stop = max(columns.start, member.offset), min(columns.stop, member.offset + member.size)
         if start < stop:
-            rows = wholes[member.index].view(len(parts), -1)[:, start - member.offset : stop - member.offset]
+            rows = whole(member.index).view(len(parts), -1)[:, start - member.offset : stop - member.offset]
             mine = slice(start - columns.start, stop - columns.start)
             if isinstance(parts, Tensor):
                 rows.copy_(parts[:, mine])  # one kernel on a GPU, however many ranks

@@ -137,7 +137,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         with self._together("a backward"):
             with self.grads.accumulating(backwards, last):
                 yield
-            # Before this rank waits for reductions: another may still wait for what it has not posted of a gather.
+            # First: another rank may wait for the rest of a gather (tests/zero/test_gather.py::test_a_last_block_that_one_rank_skips).
             if self.options.reshard_every == "micro_batch" or last:
                 self.gathers.release()
             self.grads.end_window()

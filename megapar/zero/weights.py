@@ -86,7 +86,7 @@ class Weights:
         def write(columns: slice, parts: Sequence[Tensor] | Tensor) -> None:
             self._make_room(bucket)
             # .detach() shares the version counter and .data does not: autograd must not take this for a change of what it saved.
-            write_columns(bucket, [flat.data for flat in self._flat], columns, parts)
+            write_columns(bucket, lambda index: self._flat[index].data, columns, parts)
 
         row = self._rows.get(bucket.number)
         if row is None:

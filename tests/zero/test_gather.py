@@ -293,6 +293,21 @@ def test_a_gather_that_nobody_waits_for(ranks):
     ranks.run(2, unused_gathers)
 
 
+def unused_last_block() -> None:
+    """Rank 0 does not run it, and has posted a part of its weights only when rank 1 waits for all of them."""
+    with mock.patch.object(shared_memory, "LARGEST_SLOT", 256):
+        mesh = ParallelMesh(timeout=timedelta(seconds=5))
+    model = Net(block, lambda blocks, x: in_order(blocks[:-1] if mesh.dp.rank == 0 else blocks, x))
+    optimizer = wrapped(model, mesh, stage=1, gather_ahead=True, bucket_bytes=1)
+    for step in range(3):
+        optimizer.backward(model(data(0, step, 0)).square().sum())
+        optimizer.step(1)
+
+
+def test_a_last_block_that_one_rank_skips(ranks):
+    ranks.run(2, unused_last_block)
+
+
 def different_blocks() -> None:
     """Ranks that run different blocks would take each other's shards for their own: nobody may get a wrong number."""
     mesh = ParallelMesh(tp=2, timeout=timedelta(seconds=2))

@@ -51,7 +51,7 @@ def test_columns_are_written_where_they_belong(found, ranks, bucket, width):
         rows = [torch.cat([values[m.index].view(ranks, m.size)[rank] for m in b.members]) for rank in range(ranks)]
         for start in range(0, b.width, width):
             columns = slice(start, min(start + width, b.width))
-            write_columns(b, wholes, columns, [row[columns] for row in rows])
+            write_columns(b, wholes.__getitem__, columns, [row[columns] for row in rows])
     assert all(map(torch.equal, wholes, values))
 
 
