@@ -143,7 +143,7 @@ def grid(sizes: Sizes, told: str, found: list[int], seconds: Tensor) -> tuple[Gr
     rows, bars = [], []
     for i, name in enumerate(NAMES):
         mode: Any = "full" if name == PLAIN else name
-        formula = activation_bytes(sizes.config, sizes.b * sizes.s, Recompute(mode), dtype=DTYPES[told])
+        formula = activation_bytes(sizes.config, sizes.b * sizes.s, Recompute(mode), dtype=DTYPES[told], fused_attention=True)
         extra = ratio(seconds, NAMES, name, NONE) - 1
         ms = float(seconds[:, i].median()) * 1e3
         rows.append([name, f"{found[i] / 1e6:.2f}", f"{formula / 1e6:.2f}", f"{ms:.0f}", f"{extra:+.1%}"])

@@ -88,6 +88,34 @@ class TokenBatch:
             self._memo[key] = make()
         return self._memo[key]  # type: ignore[return-value]
 
+    def attention_spans(self) -> Tensor | None:
+        """int32 [b, s, 2]: query i attends to the keys from the first number on, up to and without the second.
+
+        None where that cannot say it: a segment in pieces, or prefixes that end in several places of one segment.
+        """
+        return self.memo("attention_spans", self._spans)
+
+    def _spans(self) -> Tensor | None:
+        b, s, index = self.b, self.s, torch.arange(self.s, device=self.tokens.device)
+        begins = torch.zeros(b, s, dtype=torch.bool, device=index.device)
+        begins[:, 0] = True
+        if self.segment_ids is not None:
+            segment = self.segment_ids.view(b, s)
+            begins[:, 1:] = segment[:, 1:] != segment[:, :-1]
+            ordered = segment.sort(1).values
+            if (begins.sum(1) != 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)).any():
+                return None
+        first, last = torch.where(begins, index, 0).cummax(1).values, (index + 1).expand(b, s)
+        if self.prefix_len is not None:
+            prefix = self.prefix_len.view(b, -1).expand(b, s)
+            if self.prefix_len.shape == (self.t,) and ((prefix[:, 1:] != prefix[:, :-1]) & ~begins[:, 1:]).any():
+                return None
+            # A segment ends where the next begins.
+            ends = torch.cat([torch.where(begins, index, s)[:, 1:], torch.full((b, 1), s, device=index.device)], 1)
+            ends = ends.flip(1).cummin(1).values.flip(1)
+            last = torch.maximum(last, torch.minimum(prefix, ends))
+        return torch.stack([first, last], -1).int()
+
     def attention_mask(self) -> Tensor:
         """bool [b, 1, s, s], True where query i may attend to key j: for backends that need it dense."""
         return self.memo("attention_mask", self._dense_mask)

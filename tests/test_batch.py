@@ -62,6 +62,31 @@ def test_mask(data, b, s, segmented, prefixed):
     mask = batch.attention_mask()
     assert mask.shape == (b, 1, s, s) and mask.dtype == torch.bool
     assert mask[:, 0].tolist() == [[[may_attend(batch, n, i, j) for j in range(s)] for i in range(s)] for n in range(b)]
+    spans, index = batch.attention_spans(), torch.arange(s)
+    if spans is not None:
+        assert spans.dtype == torch.int32 and spans.shape == (b, s, 2)
+        assert torch.equal((index >= spans[..., :1]) & (index < spans[..., 1:]), mask[:, 0])
+    elif prefixed != "a token":
+        holes = mask[:, 0, :, 1:] & ~mask[:, 0, :, :-1]
+        assert segmented and (holes.sum(-1) + mask[:, 0, :, 0] > 1).any(), "spans would have said it"
+
+
+@pytest.mark.parametrize(
+    ("segments", "prefixes", "said"),
+    [
+        ([0, 0, 1, 1, 1, -1], None, [[0, 1], [0, 2], [2, 3], [2, 4], [2, 5], [5, 6]]),
+        (None, [4], [[0, 4], [0, 4], [0, 4], [0, 4], [0, 5], [0, 6]]),
+        ([0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 5], [[0, 2], [0, 2], [2, 5], [2, 5], [2, 5], [2, 6]]),
+        ([0, 0, 1, 1, 1, 1], [4], [[0, 2], [0, 2], [2, 4], [2, 4], [2, 5], [2, 6]]),
+        ([0, 0, 1, 1, 0, 0], None, None),
+        (None, [2, 2, 5, 5, 5, 5], None),
+    ],
+)
+def test_spans(segments, prefixes, said):
+    ids = torch.zeros(6, dtype=torch.int64)
+    mask = [None if x is None else torch.tensor(x) for x in (segments, prefixes)]
+    spans = TokenBatch(1, 6, ids, ids, *mask).attention_spans()
+    assert spans is None if said is None else spans.tolist() == [said]
 
 
 def test_memo_makes_once():

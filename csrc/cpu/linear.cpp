@@ -48,16 +48,9 @@ int gemm_threads(int64_t t, int64_t in, int64_t out) {
   return at::in_parallel_region() ? 1 : int(std::clamp<int64_t>(t * in * out >> 20, 1, at::get_num_threads()));
 }
 
-// Each calling thread keeps up to 16 MiB for each dtype from call to call: fresh pages cost a GEMM of 512 x 512 x 1536 6 % of its time.
 template <class T>
-at::Tensor workspace(int64_t rows, int64_t columns, int64_t depth, int64_t parts, int threads) {
-  constexpr int64_t kept_bytes = 16 << 20;
-  thread_local at::Tensor kept;
-  const int64_t size = MEGAPAR_DISPATCH_BF16(workspace_size<T>, rows, columns, depth, parts, threads);
-  if (kept.defined() && kept.numel() >= size) return kept;
-  const at::Tensor fresh = at::empty({size}, at::TensorOptions(at::kInt));
-  if (fresh.nbytes() <= size_t(kept_bytes)) kept = fresh;
-  return fresh;
+at::Tensor gemm_space(int64_t rows, int64_t columns, int64_t depth, int64_t parts, int threads) {
+  return workspace(MEGAPAR_DISPATCH_BF16(workspace_size<T>, rows, columns, depth, parts, threads));
 }
 
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -74,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x_, const at::Tensor
   const int count = gemm_threads(t, in, out);
   dispatch_float(x.scalar_type(), [&]<class T>(T) {
     const int64_t parts = kind == Activation::swiglu ? 2 : 1;
-    const at::Tensor space = workspace<T>(t, out / parts, in, parts, count);
+    const at::Tensor space = gemm_space<T>(t, out / parts, in, parts, count);
     MEGAPAR_DISPATCH_BF16(linear, LinearArgs<T>{data<T>(x), stride(x), data<T>(weight), bias ? data<T>(*bias) : nullptr, data<T>(y),
                                                 save ? data<T>(z) : nullptr, t, in, out, kind, data<uint32_t>(space), count});
   });
@@ -94,7 +87,7 @@ at::Tensor linear_input_grad(const at::Tensor& dy_, const at::Tensor& weight, co
   const at::Tensor dx = at::empty(with_last(dy_, wide), dy.options());
   const int count = gemm_threads(t, in, out);
   dispatch_float(dy.scalar_type(), [&]<class T>(T) {
-    const at::Tensor space = workspace<T>(t, in, out, 1, count);
+    const at::Tensor space = gemm_space<T>(t, in, out, 1, count);
     MEGAPAR_DISPATCH_BF16(linear_input_grad, LinearInputGradArgs<T>{data<T>(dy), stride(dy), data<T>(weight), z_ ? data<T>(z) : nullptr,
                                                                     data<T>(dx), t, in, out, kind, data<uint32_t>(space), count});
   });
@@ -131,7 +124,7 @@ void linear_weight_grad_(const at::Tensor& target, const at::Tensor& dy_, const 
   const float factor = float(alpha * (scale ? double(*data<float>(*scale)) : 1.0));
   const int count = gemm_threads(t, in, out);
   dispatch_target(dy.scalar_type(), target.scalar_type(), [&]<class T, class Out>(T, Out) {
-    const at::Tensor space = workspace<T>(out, in, t, 1, count);
+    const at::Tensor space = gemm_space<T>(out, in, t, 1, count);
     const LinearWeightGradArgs<T, Out> args{data<T>(dy), stride(dy), data<T>(x), stride(x), data<Out>(target), t, in, out, factor,
                                             float(beta), non_finite.has_value(), data<uint32_t>(space), count};
     if (MEGAPAR_DISPATCH_BF16(linear_weight_grad, args)) *data<float>(*non_finite) = 1.0f;

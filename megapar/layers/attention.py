@@ -16,10 +16,11 @@ from megapar.layers.flex_attention import SMALLEST_HEAD, flex_attention
 from megapar.layers.linear import ColumnParallelLinear, RowParallelLinear, Shards
 from megapar.layers.linear_function import row_linear
 from megapar.mesh import TensorParallel, as_axis
+from megapar.ops.attention import attention, has_kernel
 from megapar.ops.rope import rope_angles, rope_qkv
 from megapar.params import Init, Interval, split
 
-Backend = Literal["sdpa", "flex"]
+Backend = Literal["fused", "sdpa", "flex"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Attention(nn.Module):
     """x [t, hidden_size] and its TokenBatch to [t, hidden_size]; WQ WK WV column-parallel in one GEMM, WO row-parallel.
 
     With `sequence_parallel` input and output are this rank's ceil(t / tp) tokens. `rope_theta=None` leaves positions to the embedding.
-    backend: under masks that are not plainly causal "sdpa" makes them dense, "flex" computes only blocks in which something is allowed
+    backend: "fused" is megapar's kernel where there is one, on a CPU (megapar/ops/attention.py), and "sdpa" elsewhere. Under masks that are
+        not plainly causal "sdpa" makes them dense, "flex" computes only blocks in which something is allowed
         (megapar/layers/flex_attention.py); what is causal is SDPA's with either.
     recompute: of what lies between the projections nothing is kept for backward, which computes it again from the fused q, k, v.
     Where ranks share a KV head, WK and WV are a layer of their own, whose gradients are summed over the ranks that share it.
@@ -76,7 +78,7 @@ class Attention(nn.Module):
         sequence_parallel: bool = False,
         init: Init | None = None,
         out_init: Init | None = None,
-        backend: Backend = "sdpa",
+        backend: Backend = "fused",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,9 +94,9 @@ class Attention(nn.Module):
         if rope_theta is not None and head_size % 2:
             raise ValueError(f"head_size={head_size} must be even, rotary positions turn pairs: change it or use learned positions")
         if backend not in get_args(Backend):
-            raise ValueError(f'attention="{backend}" is not known: use "sdpa" or "flex"')
+            raise ValueError(f'attention="{backend}" is not known: use "fused", "sdpa" or "flex"')
         if backend == "flex" and head_size < SMALLEST_HEAD:
-            raise ValueError(f'head_size={head_size} must be {SMALLEST_HEAD} or more for attention="flex": raise it or use "sdpa"')
+            raise ValueError(f'head_size={head_size} must be {SMALLEST_HEAD} or more for attention="flex": raise it or use "fused"')
         self.head_size, self.rope_theta, self.backend, self.recompute = head_size, rope_theta, backend, recompute
         self.q_heads, self.kv_heads = (b - a for a, b in (cut.q[self.tp.rank], cut.kv[self.tp.rank]))
         q, k, v = (
@@ -124,13 +126,19 @@ class Attention(nn.Module):
             theta, dtype = self.rope_theta, qkv.dtype
             cos, sin = batch.memo(("rope", d, theta, dtype), lambda: rope_angles(batch.position_ids, d, theta, dtype))
             q, k, v = rope_qkv(qkv, cos, sin, b=batch.b, q_heads=q_heads, kv_heads=kv_heads)
-        if self.backend == "flex" and not batch.is_causal:
-            y = flex_attention(q, k, v, batch)
-        else:
-            mask = None if batch.is_causal else batch.attention_mask()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q_heads != kv_heads)
-        y = y.transpose(1, 2).reshape(batch.t, q_heads * d)
+        y = self._heads(q, k, v, batch).transpose(1, 2).reshape(batch.t, q_heads * d)
         if result:
             return self.out(y)
         out, bias = self.out, None if self.out.bias is None else with_summed_grad(self.out.bias)
         return row_linear(y, out.weight, bias, out.tp, out.sequence_parallel, result=False)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch) -> Tensor:
+        """q [b, q_heads, s, d], k and v [b, kv_heads, s, d] to [b, q_heads, s, d]."""
+        if self.backend == "fused" and has_kernel(q):
+            spans = None if batch.is_causal else batch.attention_spans()
+            if batch.is_causal or spans is not None:
+                return attention(q, k, v, spans)
+        if self.backend == "flex" and not batch.is_causal:
+            return flex_attention(q, k, v, batch)
+        mask = None if batch.is_causal else batch.attention_mask()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])

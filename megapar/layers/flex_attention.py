@@ -4,7 +4,7 @@
 
 A batch tells its mask in O(t) numbers: segments and the ends of prefixes. The kernel is given that and a table of blocks of 128 queries by
 128 keys, in which nothing, some, or all is allowed; b s^2 booleans exist nowhere. torch generates the kernel for CUDA. On the CPU it has
-no backward; there the reference below runs, which computes every score: it is for tests and trials, and slower than SDPA.
+no backward; there the reference below runs, which computes every score: it is for tests and trials, and slow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def kernel_for(device: str) -> Callable[..., Tensor]:
         return torch.compile(torch_flex_attention, fullgraph=True)
     if device == "cpu":
         return reference
-    raise ValueError(f'attention="flex" runs on cuda, and for tests on cpu, not on {device}: use "sdpa"')
+    raise ValueError(f'attention="flex" runs on cuda, and for tests on cpu, not on {device}: use "fused"')
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, enable_gqa: bool) -> Tensor:

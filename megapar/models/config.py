@@ -35,8 +35,8 @@ class DecoderConfig:
     """Rotary or learned positions."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
-    attention: Literal["sdpa", "flex"] = "sdpa"
-    """Under masks that are not causal: SDPA with a dense mask, or FlexAttention, which skips blocks of it; on a CPU the latter is slow."""
+    attention: Literal["fused", "sdpa", "flex"] = "fused"
+    """fused: megapar's kernel on a CPU, else sdpa. sdpa: dense masks where they are not causal. flex: FlexAttention there, slow on CPUs."""
     bias: bool = False
     """Biases in the linear layers."""
     tied_embeddings: bool = False

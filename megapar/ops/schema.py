@@ -24,6 +24,9 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dw, Tensor db)",
     "rope_qkv": "(Tensor qkv, Tensor cos, Tensor sin, int b, int q_heads, int kv_heads) -> (Tensor q, Tensor k, Tensor v)",
     "rope_qkv_backward": "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? spans) -> (Tensor y, Tensor lse)",
+    "attention_backward": "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor? spans)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
     "cross_entropy_statistics": "(Tensor logits, Tensor index, bool with_sum) -> Tensor",
     "cross_entropy_grad": "(Tensor dloss, Tensor logits, Tensor index, Tensor lse, Tensor ignored, int vocab_size, float label_smoothing,"
     " float z_loss) -> Tensor",

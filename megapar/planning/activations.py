@@ -6,15 +6,15 @@ ceil(t / tp) with sequence parallelism; r is 1 for RMSNorm and 2 for LayerNorm, 
     both norms       their inputs and outputs, fp32 statistics        4 c h e + 8 c r
     q, k, v          turned, or as they were projected                t (n + 2 k) d e
     attention        its output, fp32 log-sum-exp                     t n d e + 4 t n      not with `attention`
-                     turned q come head by head and so does what      t n d e              not with `attention`,
-                     they find: the projection takes a copy                                learned positions, one head
+                     turned q come head by head and so does what      t n d e              not with `attention`, learned positions,
+                     SDPA finds: the projection takes a copy                               one head, fused_attention
                      where the mask is dense, its copy in the dtype   t s e                not with `attention`
     mlp              the pre-activation                               g t f e
                      the activation                                   t f e                not with `mlp`
 
 and with `full` its input alone, c h e, or t h e / tp with shard_saved_input. Beside the blocks: 4 t d of rotary tables and t s of the dense
-mask, which a batch keeps once; 9 bytes of index a token in the embedding, 9 c in learned positions; after the last block its output,
-normed and not, 2 c h e + 4 c r. Not counted is what the loss keeps.
+mask, or 8 t of fused_attention's spans, which a batch keeps once; 9 bytes of index a token in the embedding, 9 c in learned positions;
+after the last block its output, normed and not, 2 c h e + 4 c r. Not counted is what the loss keeps.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def activation_bytes(
     dtype: torch.dtype = torch.bfloat16,
     layers: Interval | None = None,
     dense_mask: int = 0,
+    fused_attention: bool = False,
 ) -> int:
     """Bytes that the stage of these layers (all by default) keeps of one micro-batch on rank 0 of tp, which has the most.
 
     dense_mask: s, the length of a sequence, where batches are not plainly causal; 0 where they are, and with attention="flex" on a GPU
         (on a CPU that keeps all scores, which are not counted).
+    fused_attention: by megapar's kernel, on a CPU, which needs no dense mask. SDPA otherwise.
     A pipeline rank keeps as much for every micro-batch between its F and its last backward. Raises ValueError where the decoder cannot
     be cut so.
     """
@@ -50,8 +52,10 @@ def activation_bytes(
     recompute.check(stop - start, tp, sequence_parallel and tp > 1)
     rows = -(-tokens // tp) if sequence_parallel else tokens
     chosen = 0 if recompute.mode == "none" else stop - start if recompute.blocks is None else recompute.blocks
-    plain, less = (_block(config, tokens, rows, tp, kind, dtype, dense_mask) for kind in (Recompute(), recompute))
-    once = tokens * dense_mask
+    copied = config.positions == "rope" and not fused_attention
+    once = tokens * (min(dense_mask, 1) * 8 if fused_attention else dense_mask)
+    mask = 0 if fused_attention else dense_mask
+    plain, less = (_block(config, tokens, rows, tp, kind, dtype, mask, copied) for kind in (Recompute(), recompute))
     if config.positions == "rope" and stop > start:
         once += 4 * tokens * _head_size(config)
     if start == 0:
@@ -61,8 +65,8 @@ def activation_bytes(
     return once + chosen * less + (stop - start - chosen) * plain
 
 
-def _block(config: DecoderConfig, t: int, c: int, tp: int, recompute: Recompute, dtype: torch.dtype, dense_mask: int) -> int:
-    """Bytes that a block of this mode keeps."""
+def _block(config: DecoderConfig, t: int, c: int, tp: int, recompute: Recompute, dtype: torch.dtype, mask: int, copied: bool) -> int:
+    """Bytes that a block of this mode keeps. copied: whether the projection takes a copy of what several heads found."""
     h, d, e, mode = config.hidden_size, _head_size(config), dtype.itemsize, recompute.mode
     if mode == "full":
         return -(-t * h // tp) * e if recompute.shard_saved_input else c * h * e
@@ -72,7 +76,7 @@ def _block(config: DecoderConfig, t: int, c: int, tp: int, recompute: Recompute,
     f, wide = stop - start, 2 if config.activation == "swiglu" else 1
     kept = 4 * c * h * e + 8 * c * _statistics(config) + t * (n + 2 * k) * d * e + wide * t * f * e
     if mode != "attention":
-        kept += (2 if config.positions == "rope" and n > 1 else 1) * t * n * d * e + 4 * t * n + t * dense_mask * e
+        kept += (2 if copied and n > 1 else 1) * t * n * d * e + 4 * t * n + t * mask * e
     return kept if mode == "mlp" else kept + t * f * e
 
 

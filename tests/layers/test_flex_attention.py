@@ -5,6 +5,7 @@ On a GPU the kernel that torch compiles is under test; on the CPU it is the refe
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -33,7 +34,7 @@ from megapar.recompute import Recompute
 from megapar.training.config import Config
 from megapar.training.config_file import from_dict
 from tests.parity import assert_same_gradients, boxes, gradients, logical
-from tests.row_ops import DEVICE, DTYPES, integers, normal, on_cpu
+from tests.row_ops import DEVICE, DTYPES, cpu_only, integers, normal, on_cpu
 
 SEQUENCES = (1, 2, 33, 127, 128, 129, 300)
 KINDS = ("causal", "segments", "prefix", "prefixes", "segments and prefix", "segments and prefixes")
@@ -167,6 +168,21 @@ def layer_run(layer: Attention, x: Tensor, batch: TokenBatch) -> list[Tensor]:
     return [y.detach(), x.grad, *(param.grad for param in layer.parameters())]
 
 
+@cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_is_sdpa(kind):
+    """Without the dense mask, which is not made: within 2x SDPA's error. Where there are no spans it is SDPA, and of its bits."""
+    batch, x = batch_of(2, 131, kind, 5), normal(262, 32, dtype=torch.float32, seed=0)
+    said = kind != "prefixes"
+    assert said == (batch.attention_spans() is not None)
+    with mock.patch.object(TokenBatch, "_dense_mask", side_effect=AssertionError("a mask")) if said else nullcontext():
+        fused, again = (layer_run(Attention(32, 4, 2, backend="fused", **options), x, batch) for options in ({}, {"recompute": True}))
+    sdpa, exact = (layer_run(Attention(32, 4, 2, backend="sdpa", dtype=z.dtype), z, batch) for z in (x, x.double()))
+    for ours, kept, theirs, truth in zip(fused, again, sdpa, exact, strict=True):
+        assert torch.equal(ours, kept) and (said or torch.equal(ours, theirs))
+        assert float((ours - truth).norm()) <= 2 * float((theirs - truth).norm()) + 4 * 2**-24 * float(truth.norm())
+
+
 SIZES = {"hidden_size": 48, "layers": 2, "heads": 3, "kv_heads": 1, "init_std": 0.2}
 LLAMA, GPT = DecoderConfig(ffn_size=40, **SIZES), gpt_style(max_positions=64, **SIZES)
 
@@ -228,10 +244,11 @@ def test_pipeline(ranks):
     ranks.run(2, check_pipeline)
 
 
+@pytest.mark.parametrize("attention", ["fused", "flex"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_logit_depends_on_what_it_may_not_see(kind):
+def test_no_logit_depends_on_what_it_may_not_see(kind, attention):
     """Each token in turn is changed: in one layer exactly the logits that may see it change, bit for bit."""
-    model = Decoder(DecoderConfig(**{**SIZES, "layers": 1}, ffn_size=40, attention="flex"), 31, ParallelMesh.alone())
+    model = Decoder(DecoderConfig(**{**SIZES, "layers": 1}, ffn_size=40, attention=attention), 31, ParallelMesh.alone())
     batch = batch_of(2, 18, kind, 3)
 
     def logits(tokens: Tensor) -> Tensor:
@@ -256,12 +273,12 @@ def test_generation_is_causal():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match='attention="dense" is not known: use "sdpa" or "flex"'):
+    with pytest.raises(ValueError, match='attention="dense" is not known: use "fused", "sdpa" or "flex"'):
         Attention(32, 2, backend="dense")
     with pytest.raises(ValueError, match='head_size=8 must be 16 or more for attention="flex"'):
         Attention(32, 4, backend="flex")
-    with pytest.raises(ValueError, match="is 'dense' and must be 'sdpa' or 'flex'"):
+    with pytest.raises(ValueError, match="is 'dense' and must be 'fused' or 'sdpa' or 'flex'"):
         from_dict(Config, {"model": {"attention": "dense"}})
     assert from_dict(Config, {"model": {"attention": "flex"}}).model.attention == "flex"
-    with pytest.raises(ValueError, match='attention="flex" runs on cuda, and for tests on cpu, not on meta: use "sdpa"'):
+    with pytest.raises(ValueError, match='attention="flex" runs on cuda, and for tests on cpu, not on meta: use "fused"'):
         flex.kernel_for("meta")

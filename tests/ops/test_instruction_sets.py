@@ -11,7 +11,7 @@ import torch
 from megapar.ops import dispatch
 
 HERE = Path(__file__).parent
-OPS = ("rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout")
+OPS = ("rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy", "dropout", "attention")
 NUMBERS = "against_fp64 or wide or large or range or denormals or exp or every_gate or is_its_reference or not_finite"
 BODIES = ("portable", "avx2", "avx512")
 

@@ -12,14 +12,16 @@ from megapar.batch import TokenBatch
 from megapar.grads import MainGrads
 from megapar.models.config import DecoderConfig, gpt_style
 from megapar.models.decoder import DecoderStage
+from megapar.ops import dispatch
 from megapar.planning.activations import activation_bytes
 from megapar.recompute import Recompute
 
 VOCABULARY, B, S, LAYERS = 61, 2, 24, 4
 STYLES = {
     "llama": DecoderConfig(hidden_size=64, layers=LAYERS, heads=8, kv_heads=4, ffn_size=160),
-    "wide heads": DecoderConfig(hidden_size=48, layers=LAYERS, heads=4, kv_heads=1, head_size=24, ffn_size=96),
+    "wide heads": DecoderConfig(hidden_size=48, layers=LAYERS, heads=4, kv_heads=1, head_size=24, ffn_size=96, attention="sdpa"),
     "gpt": gpt_style(hidden_size=64, layers=LAYERS, heads=4, max_positions=32),
+    "sdpa": DecoderConfig(hidden_size=64, layers=LAYERS, heads=8, ffn_size=160, attention="sdpa"),
 }
 MODES = (Recompute(), Recompute("full"), Recompute("full", blocks=1), Recompute("attention"), Recompute("mlp"), Recompute("mlp", blocks=1))
 CASES = (
@@ -60,7 +62,8 @@ def compare(tp: int, sequence_parallel: bool) -> None:
                 continue  # the test itself holds the whole input of the first block, as a pipeline does
             options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "recompute": recompute, "dtype": dtype}
             found = measured(config, mesh, dense, layers, options)
-            told = activation_bytes(config, B * S, tp=tp, layers=layers, dense_mask=S * dense, **options)
+            fused = config.attention == "fused" and dispatch.FORCED != "reference"
+            told = activation_bytes(config, B * S, tp=tp, layers=layers, dense_mask=S * dense, fused_attention=fused, **options)
             # The output of a stage in the middle is sent, and is not of what it keeps.
             middle = 0 if layers[1] == LAYERS else (B * S // (tp if sequence_parallel else 1)) * config.hidden_size * dtype.itemsize
             assert abs(found - middle - told) <= NEAR * told, (tp, recompute, dtype, dense, layers, found - middle, told)
