@@ -23,6 +23,7 @@ NAMES = (
     "optimizer",
     "linear",
     "row_ops",
+    "attention",
     "linear_cross_entropy",
     "training_step",
     "recompute",
