@@ -204,6 +204,21 @@ def test_weight_grad(t, out, n, dtype, into_fp32, beta, alpha, layout):
     assert torch.equal(untold, target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(530, 610), (610, 530), (7, 20), (20, 7)])
+def test_deep(rows, columns, dtype):
+    """Sums so long that k is taken in slices, over more blocks of the result than wait for the next slice. Of small integers: exact."""
+    depth = 4243
+    a, b = (torch.sign(normal(n, depth, seed=i)).mul(torch.arange(depth) % 3).to(dtype) for i, n in enumerate((rows, columns)))
+    exact = (a.double() @ b.double().t()).to(torch.float32)
+    forward, _ = torch.ops.megapar.linear(a, b, None, "none", False)
+    _, paired = torch.ops.megapar.linear(a, b[: columns // 2 * 2], None, "swiglu", True)
+    assert torch.equal(forward, exact.to(dtype)) and torch.equal(paired, exact[:, : columns // 2 * 2].to(dtype))
+    assert torch.equal(linear_input_grad(a, b.t().contiguous()), exact.to(dtype))
+    ones = torch.ones(rows, columns)
+    assert torch.equal(linear_weight_grad(a.t().contiguous(), b.t().contiguous(), ones, 1.0), exact + 1)
+
+
 @many
 @given(any_depth, any_size, any_dtype, st.booleans(), any_beta, any_layout)
 def test_bias_grad(t, n, dtype, into_fp32, beta, layout):
