@@ -291,8 +291,15 @@ def test_limit_of_zero():
     rows = zero.grid("t", case, 2, names, seconds, [10**6] * 5, list(peaks.values()), names[2]).rows
     assert [row[6] for row in rows] == ["0.50", "0.38", "0.50", "1.00", "1.00"]
     assert rows[0][1:6] + rows[0][7:] == ["512", "2.00", "2000.0", "500.0", "250.0", "1.0", "200", "100"]
-    faster, *_ = zero.verdicts("", names, seconds, peaks)
-    assert faster.ratio == 2 and faster.holds
+    names = [*names[:2], "torch DDP", "torch DDP, compiled", "DeepSpeed 1"]
+    peaks |= {"torch DDP": [9.0, 80.0], "DeepSpeed 1": [9.0, 200.0]}
+    found = zero.verdicts("", names, torch.tensor([[[2.0, 2.0, 4.0, 2.5, 3.5]]]), peaks, 1.5)
+    assert [(v.bar, v.ratio, v.holds) for v in found] == [
+        (": tokens/s of megapar 0 / torch DDP, compiled", 1.25, False),
+        (": tensors of megapar 0 / torch DDP", 1.25, False),
+        (": tokens/s of megapar 1 / DeepSpeed 1", 1.75, True),
+        (": tensors of megapar 1 / DeepSpeed 1", 0.5, True),
+    ]
 
 
 def test_memory_of_zero():

@@ -66,6 +66,13 @@ def _no_body(op: str) -> Callable[..., Any]:
     return body
 
 
+def _cpu_only(op: str) -> Callable[..., Any]:
+    def body(*args: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"megapar::{op} is compiled for CPUs alone: use torch.nn.functional.scaled_dot_product_attention here")
+
+    return body
+
+
 def _register(forced: str | None, interpreted: bool) -> dict[str, str | None]:
     """Registers every body that this process may run; for each device why its tensors have none, or None."""
     no_gpu = f"MEGAPAR_BACKEND={forced} has no kernels for cuda: unset it"
@@ -79,6 +86,9 @@ def _register(forced: str | None, interpreted: bool) -> dict[str, str | None]:
         why[device] = missing
         for op, file in schema.FILES.items():
             schema.LIBRARY.impl(op, _later(op, f"megapar.ops.triton.{file}"), device.upper())
+    for op in schema.CPU_ONLY:
+        for key in ("CUDA",) if forced in (None, "cpu") else ("CUDA", "CPU"):
+            schema.LIBRARY.impl(op, _cpu_only(op), key)
     if forced == "cuda":
         why["cuda"] = _load("megapar._CUDA", "CUDA", "the CUDA toolkit of this torch")
         for op in schema.FILES:

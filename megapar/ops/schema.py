@@ -67,6 +67,8 @@ FILES = {
     "adamw_": "adamw",
 }
 """The file, here and in `triton/`, of every op that computes something."""
+CPU_ONLY = ("attention", "attention_backward")
+"""Those in `attention.py`, which no GPU runs."""
 
 LIBRARY = torch.library.Library("megapar", "DEF")
 for _name, _signature in SCHEMAS.items():

@@ -47,14 +47,17 @@ def test_a_backend_has_no_kernels_for_the_other_device(backend, device):
 
 
 def test_bodies_of_a_gpu():
-    """Triton has every op, and is imported at the first call. csrc/cuda has three, and the others say so."""
+    """Triton has every op but attention, and is imported at the first call. csrc/cuda has three, and the others say so."""
     code = """
 import sys, torch
 from megapar.ops import dispatch, schema
 has = [torch._C._dispatch_has_kernel_for_dispatch_key(f"megapar::{op}", "CUDA") for op in schema.FILES]
-print(all(has), len(has) == len(schema.SCHEMAS) - 1, "megapar.ops.triton" in sys.modules, dispatch.MISSING["cuda"])
+print(all(has), len(has) == len(schema.SCHEMAS) - 1 - len(schema.CPU_ONLY), "megapar.ops.triton" in sys.modules, dispatch.MISSING["cuda"])
 """
     assert in_process(code, MEGAPAR_BACKEND="").stdout == "True True False None\n"
+    code = "from megapar.ops.attention import attention; import torch; attention(*torch.zeros(3, 1, 1, 2, 4))"
+    told = in_process(code, MEGAPAR_BACKEND="triton", TRITON_INTERPRET="1").stderr
+    assert "megapar::attention is compiled for CPUs alone: use torch.nn.functional.scaled_dot_product_attention here" in told
     code = "from megapar.ops import dispatch; dispatch._no_body('swiglu')(1)"
     told = in_process(code, MEGAPAR_BACKEND="cuda").stderr
     assert "megapar::swiglu has no CUDA body, MEGAPAR_BACKEND=cuda has adamw_, grad_norm_, step_state_ alone: unset it" in told
