@@ -46,9 +46,10 @@ Spans check_spans(const std::optional<at::Tensor>& spans, const AttentionSizes& 
   return {at};
 }
 
-// A thread pays from about 2 MFLOP on.
-int attention_threads(const AttentionSizes& x) {
-  return at::in_parallel_region() ? 1 : int(std::clamp<int64_t>(x.b * x.heads * x.s * x.s * x.d >> 19, 1, at::get_num_threads()));
+// A thread pays from about a million FLOPs of a causal forward on. units: the heads that are dealt to the threads.
+int attention_threads(const AttentionSizes& x, int64_t units) {
+  const int64_t most = std::clamp<int64_t>(units, 1, at::get_num_threads());
+  return at::in_parallel_region() ? 1 : int(std::clamp<int64_t>(x.b * x.heads * x.s * x.s * x.d >> 19, 1, most));
 }
 
 template <class T>
@@ -65,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_, const at::Ten
   const at::Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const at::Tensor y = at::empty({x.b, x.s, x.heads, x.d}, q.options()).transpose(1, 2);
   const at::Tensor lse = at::empty({x.b, x.heads, x.s}, q.options().dtype(at::kFloat));
-  const int count = attention_threads(x);
+  const int count = attention_threads(x, x.b * x.heads);
   dispatch_float(q.scalar_type(), [&]<class T>(T) {
     const at::Tensor space = attention_space<T>(x, false, count);
     MEGAPAR_DISPATCH_BF16(attention, AttentionArgs<T>{view<const T>(q), view<const T>(k), view<const T>(v), view<T>(y), data<float>(lse), spans, x,
@@ -89,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tens
   const at::Tensor dy = dense_rows(dy_), q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), y = dense_rows(y_);
   const at::Tensor dq = at::empty({x.b, x.heads, x.s, x.d}, q.options());
   const at::Tensor dk = at::empty({x.b, x.kv_heads, x.s, x.d}, q.options()), dv = at::empty({x.b, x.kv_heads, x.s, x.d}, q.options());
-  const int count = attention_threads(x);
+  const int count = attention_threads(x, x.b * x.kv_heads);
   dispatch_float(q.scalar_type(), [&]<class T>(T) {
     const at::Tensor space = attention_space<T>(x, true, count);
     MEGAPAR_DISPATCH_BF16(attention_backward,

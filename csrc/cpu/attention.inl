@@ -1,6 +1,7 @@
 // Attention in blocks of queries and keys whose scores stay in cache (FlashAttention-2, arXiv:2307.08691). Formulas: megapar/ops/attention.py.
 //
-// Operands are in gemm.inl's units of 4 bytes: of a product's A, rows that lie as they are; of its B, packed panels of NR columns.
+// Operands are in gemm.inl's units of 4 bytes: those of a product's A lie as they come, along rows or across them; B's are packed in panels
+// of NR columns.
 
 #include "gemm.inl"
 
@@ -126,19 +127,20 @@ struct Block {
 
   // From the first to the last of the keys in [key, key + KEYS) that queries [i, i + count) attend to, counted from `key`.
   Range keys(int64_t i, int64_t count, int64_t key) const {
-    Range all = {KEYS, 0};
+    Range found = {KEYS, 0};
     for (const Range* at = attended + i; at < attended + i + count; ++at) {
       const Range here = {std::max<int64_t>(at->begin - key, 0), std::min(at->end - key, KEYS)};
-      if (here.begin < here.end) all = {std::min(all.begin, here.begin), std::max(all.end, here.end)};
+      if (here.begin < here.end) found = {std::min(found.begin, here.begin), std::max(found.end, here.end)};
     }
-    return all.begin < all.end ? all : Range{0, 0};
+    return found.begin < found.end ? found : Range{0, 0};
   }
 
-  Range all() const {
-    Range all = {std::numeric_limits<int64_t>::max(), 0};
+  // The same of all queries and keys.
+  Range keys() const {
+    Range found = {std::numeric_limits<int64_t>::max(), 0};
     for (const Range& one : attended)
-      if (one.begin < one.end) all = {std::min(all.begin, one.begin), std::max(all.end, one.end)};
-    return all;
+      if (one.begin < one.end) found = {std::min(found.begin, one.begin), std::max(found.end, one.end)};
+    return found;
   }
 
   int64_t panels() const { return ceil_div(rows, MR); }
@@ -147,12 +149,15 @@ struct Block {
 // Runs body(key, keys) for each block of keys that one of the queries attends to.
 template <class Body>
 static inline void for_each_keys(const Block& block, const Body& body) {
-  const Range all = block.all();
+  const Range all = block.keys();
   for (int64_t key = all.begin / KEYS * KEYS; key < all.end; key += KEYS) {
     const Range keys = block.keys(0, QUERIES, key);
     if (keys.begin < keys.end) body(key, keys);
   }
 }
+
+// Whether one of [j, j + 16) is attended to.
+static inline bool overlaps(int64_t j, Range keys) { return j < keys.end && j + LANES > keys.begin; }
 
 // x where a key is attended to, else `outside`; x is at keys [j, j + 16).
 static inline F32 masked(F32 x, int64_t j, Range keys, float outside) {
@@ -196,16 +201,17 @@ template <int k>
 static float soften(const float* scores, Range keys, Range vectors, float scale, Softmax& so_far, uint32_t* row) {
   F32 most = splat(so_far.top);
   for (int64_t j = vectors.begin; j < vectors.end; j += LANES)
-    if (j < keys.end && j + LANES > keys.begin) most = max(most, masked(load(scores + j) * scale, j, keys, so_far.top));
+    if (overlaps(j, keys)) most = max(most, masked(load(scores + j) * scale, j, keys, so_far.top));
   const float top = max(most);
+  // exp(-inf - 0) = 0 is the right weight while all scores have been -inf, exp(-inf + inf) would be NaN.
+  const float base = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
   F32 total = {};
   for (int64_t j = vectors.begin; j < vectors.end; j += LANES) {
-    const bool some = j < keys.end && j + LANES > keys.begin;
-    const F32 weight = some ? masked(exp(load(scores + j) * scale - top), j, keys, 0.0f) : F32{};
+    const F32 weight = overlaps(j, keys) ? masked(exp(load(scores + j) * scale - base), j, keys, 0.0f) : F32{};
     total += weight;
     Row<k>::put(row, j, weight);
   }
-  const float fade = keys.begin < keys.end ? exp(splat(so_far.top - top))[0] : 1.0f;
+  const float fade = keys.begin < keys.end ? exp(splat(so_far.top - base))[0] : 1.0f;
   so_far = {top, so_far.sum * fade + sum(total)};
   return fade;
 }
@@ -278,12 +284,16 @@ void attention(const AttentionArgs<T>& p) {
 
 template <int k>
 struct BackwardSpace : Space {
-  // Of the sequence: panels of the keys and values, and of the keys' rows; sums of their gradients, rows of padded_d.
+  // Of the sequence: panels of the keys and values, and of the keys' rows; [s, padded_d], sums of their gradients.
   uint32_t *keys, *values, *key_rows;
   float *dk, *dv;
-  // Of a block of queries: rows of q and dy, as A and as B; weights and gradients of scores, fp32, by query and, of k queries, by key.
-  uint32_t *q, *dy, *q_rows, *dy_rows, *by_query, *weights_by_key, *by_key;
-  float *weights, *dscores, *dq;
+  // Of a block of queries: rows of q and dy, as A and as B; [QUERIES, padded_d], its gradient.
+  uint32_t *q, *dy, *q_rows, *dy_rows;
+  float* dq;
+  // [QUERIES, KEYS]: scores and the gradients of weights, then in their place weights and the gradients of scores.
+  float *weights, *dscores;
+  // The latter two in units: [QUERIES, KEYS / k], a unit being k keys, and [QUERIES / k, KEYS], a unit being k queries.
+  uint32_t *by_query, *weights_by_key, *by_key;
 
   BackwardSpace(uint32_t* begin, const Widths<k>& width, int64_t s) : Space{begin} {
     keys = units(round_up(s, NR) * width.of_d);
@@ -316,7 +326,7 @@ struct Slope {
 };
 
 static inline Slope slope(const float* scores, const float* dweights, int64_t j, Range keys, float scale, float lse, float delta) {
-  if (j >= keys.end || j + LANES <= keys.begin) return {F32{}, F32{}};
+  if (!overlaps(j, keys)) return {F32{}, F32{}};
   const F32 weight = masked(exp(load(scores + j) * scale - lse), j, keys, 0.0f);
   // The products outside were not computed: anything may stand there.
   return {weight, masked(weight * (load(dweights + j) - delta), j, keys, 0.0f)};

@@ -183,22 +183,16 @@ struct Vectors {
 // A panel of B, KC units deep, stays in half of L1 while panels of A pass; a block of C, NC wide, shares L2 with both.
 constexpr int64_t KC = 128, NC = 384;
 
-// Panels of an operand, each `units` deep.
-struct Panels {
-  const uint32_t* data;
-  int64_t count, units;
-};
-
-// Adds `units` of k, or with `first` writes them, to one block of C in `scratch`, rows NC apart.
+// One block of C in `scratch`, rows NC apart: `units` of k are added, or with `first` written.
 template <class Kernel, bool by_rows>
-void block(Panels a, Panels b, int64_t units, bool first, float* scratch) {
+void block(const uint32_t* a, int64_t a_panels, const uint32_t* b, int64_t b_panels, int64_t units, bool first, float* scratch) {
   // An empty sum. Not to the end of the last row: the second of two parts starts in its middle (tests/ops/test_amx.py).
-  if (units == 0) std::memset(scratch, 0, ((a.count * Kernel::MR - 1) * NC + b.count * Kernel::NR) * sizeof(float));
+  if (units == 0) std::memset(scratch, 0, ((a_panels * Kernel::MR - 1) * NC + b_panels * Kernel::NR) * sizeof(float));
   for (int64_t u = 0; u < units; u += KC)
-    for (int64_t j = 0; j < b.count; ++j)
-      for (int64_t i = 0; i < a.count; ++i)
-        Kernel::template tile<by_rows>(a.data + (i * a.units + u) * Kernel::MR, b.data + (j * b.units + u) * Kernel::NR,
-                                       scratch + i * Kernel::MR * NC + j * Kernel::NR, NC, std::min(KC, units - u), first && u == 0);
+    for (int64_t j = 0; j < b_panels; ++j)
+      for (int64_t i = 0; i < a_panels; ++i)
+        Kernel::template tile<by_rows>(a + (i * units + u) * Kernel::MR, b + (j * units + u) * Kernel::NR, scratch + i * Kernel::MR * NC + j * Kernel::NR,
+                                       NC, std::min(KC, units - u), first && u == 0);
 }
 
 }  // namespace megapar::MEGAPAR_ISA

@@ -34,22 +34,23 @@ constexpr int64_t block_rows = 128 / K::MR * K::MR;
 // What a GEMM does with its operands: the smaller one is packed whole, once, for all threads; the other block by block, by the thread that
 // uses it next, so that it stays in that thread's cache and nothing of its size is allocated.
 //
-// Where k is so long that a block would not stay there, it is packed and used a slice at a time, while a few blocks of C wait for the next.
+// Where k is so long that a block would not stay there, and C so small that all of it can wait, both are packed a slice of k at a time.
 template <class T>
 struct Plan {
   using K = Kernel<T>;
   static constexpr int64_t HALF_L2 = (512 << 10) / 4;
-  static constexpr int64_t DEEP = 2048, SLICE = 1024;
+  static constexpr int64_t DEEP = 2048, SLICE = 1024, MOST_WAITING = 8;
   static constexpr int64_t most_rows = block_rows<K> / K::MR;
   int64_t rows, columns, units, parts, threads, row_panels, column_panels;
   bool a_whole;
-  int64_t slice, waiting;
+  // Units of k at a time; blocks of C that a thread keeps.
+  int64_t slice, waiting = 1;
   int64_t along_rows = 1, along_columns = 1, most_columns = NC / K::NR / parts;
 
   Plan(int64_t rows, int64_t columns, int64_t depth, int64_t parts, int64_t threads)
       : rows(rows), columns(columns), units(padded_units<K::k>(depth)), parts(parts), threads(threads),
         row_panels(ceil_div(rows, K::MR)), column_panels(ceil_div(columns, K::NR)), a_whole(rows < columns * parts),
-        slice(units > DEEP ? SLICE : units), waiting(units > DEEP ? 4 : 1) {
+        slice(units) {
     // The grid of threads with the least work for the busiest; of equal ones that in which the fewest threads pack the same.
     int64_t least = std::numeric_limits<int64_t>::max();
     for (int64_t few = 1; few <= threads; ++few) {
@@ -61,6 +62,12 @@ struct Plan {
       along_rows = down;
       along_columns = across;
     }
+    if (units <= DEEP) return;
+    slice = SLICE;
+    waiting = ceil_div(ceil_div(row_panels, along_rows), tall()) * ceil_div(ceil_div(column_panels, along_columns), wide());
+    if (waiting <= MOST_WAITING) return;
+    slice = units;
+    waiting = 1;
   }
 
   // Panels of A, and of one part of B, in a block of C. What is packed block by block fills half of L2 at most, so that it is still there
@@ -73,7 +80,7 @@ struct Plan {
   }
 
   // In units: of the operand that is packed whole; of one thread's blocks of the other and of C.
-  int64_t whole_size() const { return units * (a_whole ? row_panels * K::MR : parts * column_panels * K::NR); }
+  int64_t whole_size() const { return slice * (a_whole ? row_panels * K::MR : parts * column_panels * K::NR); }
   int64_t block_size() const { return slice * (a_whole ? NC : block_rows<K>) + waiting * block_rows<K> * NC; }
 };
 
@@ -113,56 +120,56 @@ void gemm(const Operand<T>& a, const Operand<T>& b, int64_t parts, uint32_t* wor
   using K = Kernel<T>;
   const Plan<T> plan(a.width, b.width / parts, a.depth, parts, threads);
   const int64_t units = plan.units, tall = plan.tall(), wide = plan.wide();
-  const auto pack_whole = [&](int thread, int count) {
+  // From one part of B to the next, in panels: among its panels, and in a block of them.
+  const int64_t next_part = plan.a_whole ? wide : plan.column_panels;
+  const auto pack_whole = [&](int thread, int count, int64_t u, int64_t depth) {
     const Range mine = share(plan.a_whole ? plan.row_panels : plan.column_panels, thread, count);
-    uint32_t* out = workspace + mine.begin * (plan.a_whole ? K::MR : K::NR) * units;
-    const int64_t next_part = plan.column_panels * K::NR * units;
-    plan.a_whole ? pack_a(a, mine.begin, mine.end - mine.begin, out) : pack_b(b, parts, mine.begin, mine.end - mine.begin, out, next_part);
+    uint32_t* out = workspace + mine.begin * (plan.a_whole ? K::MR : K::NR) * depth;
+    plan.a_whole ? pack_a(slice_of(a, u, depth), mine.begin, mine.end - mine.begin, out)
+                 : pack_b(slice_of(b, u, depth), parts, mine.begin, mine.end - mine.begin, out, next_part * K::NR * depth);
   };
-  const auto work = [&](int64_t thread) {
+  // One share of C, as far as units [u, u + depth) of k go.
+  const auto work = [&](int64_t thread, int64_t u, int64_t depth) {
     const Range down = share(plan.row_panels, int(thread / plan.along_columns), int(plan.along_rows));
     const Range across = share(plan.column_panels, int(thread % plan.along_columns), int(plan.along_columns));
     uint32_t* packed = workspace + plan.whole_size() + thread * plan.block_size();
-    float* blocks = reinterpret_cast<float*>(packed) + plan.block_size() - plan.waiting * block_rows<K> * NC;
-    // Slice [u, u + depth) of k for the block of C at panels (i, j).
-    const auto compute = [&](int64_t i, int64_t j, int64_t u, int64_t depth, float* c) {
+    float* c = reinterpret_cast<float*>(packed) + plan.block_size() - plan.waiting * block_rows<K> * NC;
+    const auto compute = [&](int64_t i, int64_t j) {
       const int64_t high = std::min(tall, down.end - i), broad = std::min(wide, across.end - j);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t whole_part = plan.a_whole ? 0 : part * plan.column_panels, block_part = plan.a_whole ? part * wide : 0;
-        const Panels whole_a{workspace + (i * units + u) * K::MR, high, units}, block_a{packed, high, depth};
-        const Panels whole_b{workspace + ((whole_part + j) * units + u) * K::NR, broad, units};
-        const Panels block_b{packed + block_part * depth * K::NR, broad, depth};
-        (K::by_rows(a.stride_k) ? block<K, true> : block<K, false>)(plan.a_whole ? whole_a : block_a, plan.a_whole ? block_b : whole_b, depth,
+      const uint32_t* panels_a = plan.a_whole ? workspace + i * K::MR * depth : packed;
+      const uint32_t* panels_b = plan.a_whole ? packed : workspace + j * K::NR * depth;
+      for (int64_t part = 0; part < parts; ++part)
+        (K::by_rows(a.stride_k) ? block<K, true> : block<K, false>)(panels_a, high, panels_b + part * next_part * K::NR * depth, broad, depth,
                                                                     u == 0, c + part * (NC / 2));
-      }
       if (u + depth == units)
         finish(c, i * K::MR, std::min(a.width - i * K::MR, high * K::MR), j * K::NR, std::min(plan.columns - j * K::NR, broad * K::NR));
+      if (plan.waiting > 1) c += block_rows<K> * NC;
     };
-    const Range outer = plan.a_whole ? across : down, inner = plan.a_whole ? down : across;
-    const int64_t outer_step = plan.a_whole ? wide : tall, inner_step = plan.a_whole ? tall : wide;
-    const int64_t together = plan.slice < units ? plan.waiting * inner_step : std::max<int64_t>(inner.end - inner.begin, 1);
     K::begin();
-    for (int64_t o = outer.begin; o < outer.end; o += outer_step)
-      for (int64_t begin = inner.begin; begin < inner.end; begin += together) {
-        int64_t u = 0;
-        do {
-          const int64_t depth = std::min(plan.slice, units - u), count = std::min(outer_step, outer.end - o);
-          plan.a_whole ? pack_b(slice_of(b, u, depth), parts, o, count, packed, wide * K::NR * depth) : pack_a(slice_of(a, u, depth), o, count, packed);
-          float* c = blocks;
-          for (int64_t i = begin; i < std::min(begin + together, inner.end); i += inner_step) {
-            plan.a_whole ? compute(i, o, u, depth, c) : compute(o, i, u, depth, c);
-            if (plan.slice < units) c += block_rows<K> * NC;
-          }
-          u += depth;
-        } while (u < units);
+    if (plan.a_whole) {
+      for (int64_t j = across.begin; j < across.end; j += wide) {
+        pack_b(slice_of(b, u, depth), parts, j, std::min(wide, across.end - j), packed, next_part * K::NR * depth);
+        for (int64_t i = down.begin; i < down.end; i += tall) compute(i, j);
       }
+    } else {
+      for (int64_t i = down.begin; i < down.end; i += tall) {
+        pack_a(slice_of(a, u, depth), i, std::min(tall, down.end - i), packed);
+        for (int64_t j = across.begin; j < across.end; j += wide) compute(i, j);
+      }
+    }
     K::end();
   };
   parallel(int(threads), [&](int thread, int count) {
-    pack_whole(thread, count);
-    barrier(count);
-    // More than one share for each where there are fewer threads than asked for.
-    for (int64_t part = thread; part < threads; part += count) work(part);
+    int64_t u = 0;
+    do {
+      const int64_t depth = std::min(plan.slice, units - u);
+      if (u > 0) barrier(count);  // others may still read the last slice
+      pack_whole(thread, count, u, depth);
+      barrier(count);
+      // More than one share for each where there are fewer threads than asked for.
+      for (int64_t part = thread; part < threads; part += count) work(part, u, depth);
+      u += depth;
+    } while (u < units);
   });
 }
 

@@ -49,7 +49,7 @@ def test_against_fp64(body, tmp_path):
     [
         ("gemm_amx.inl", "_tile_loadd(7, b + u * NR + 16, NR * 4)", "_tile_loadd(7, b + u * NR + 16, 64)", "forward t="),
         ("gemm_amx.inl", "uint16_t column_bytes[16] = {64, 64, 64,", "uint16_t column_bytes[16] = {64, 64, 32,", "AMX fault"),
-        ("gemm.inl", "((a.count * Kernel::MR - 1) * NC + b.count * Kernel::NR)", "a.count * Kernel::MR * NC", "wrote past its end"),
+        ("gemm.inl", "((a_panels * Kernel::MR - 1) * NC + b_panels * Kernel::NR)", "a_panels * Kernel::MR * NC", "wrote past its end"),
     ],
 )
 def test_fails_on_mutated(file, right, wrong, shows, tmp_path):
