@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -95,9 +96,8 @@ def _rank(pipe: connection.Connection, place: tuple[int, int, str, str], fn: Cal
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         if backend == "fake":
-            from torch.testing._internal.distributed.fake_pg import FakeStore
-
-            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+            importlib.import_module("torch.testing._internal.distributed.fake_pg")  # which makes the backend known
+            dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world)
         else:
             dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=world)
         pipe.send((None, fn(*args)))
