@@ -33,7 +33,7 @@ class TokenBatch:
     prefix_len: Tensor | None = None
     targets: Tensor | None = None
     objective_ids: Tensor | None = None
-    _memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
+    _memo: dict[Hashable, object] = field(default_factory=dict, repr=False, init=False)  # of this batch: dataclasses.replace leaves it out
 
     def __post_init__(self) -> None:
         if self.tokens.dtype != torch.int64:
@@ -91,30 +91,34 @@ class TokenBatch:
     def attention_spans(self) -> Tensor | None:
         """int32 [b, s, 2]: query i attends to the keys from the first number on, up to and without the second.
 
-        None where that cannot say it: a segment in pieces, or prefixes that end in several places of one segment.
+        None where a query attends to keys with others in between: those of a segment in pieces, or of several prefixes in one segment. And
+        in a graph that is being compiled, which cannot look at them, unless they were asked for before: the batch remembers them.
         """
-        return self.memo("attention_spans", self._spans)
+        key = "attention_spans"
+        return None if key not in self._memo and torch.compiler.is_compiling() else self.memo(key, self._spans)
 
     def _spans(self) -> Tensor | None:
         b, s, index = self.b, self.s, torch.arange(self.s, device=self.tokens.device)
-        begins = torch.zeros(b, s, dtype=torch.bool, device=index.device)
-        begins[:, 0] = True
+        begins, inside = torch.zeros(2, b, s, dtype=torch.bool, device=index.device)
+        begins[:, :1] = True
         if self.segment_ids is not None:
             segment = self.segment_ids.view(b, s)
             begins[:, 1:] = segment[:, 1:] != segment[:, :-1]
             ordered = segment.sort(1).values
             if (begins.sum(1) != 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)).any():
                 return None
-        first, last = torch.where(begins, index, 0).cummax(1).values, (index + 1).expand(b, s)
         if self.prefix_len is not None:
-            prefix = self.prefix_len.view(b, -1).expand(b, s)
-            if self.prefix_len.shape == (self.t,) and ((prefix[:, 1:] != prefix[:, :-1]) & ~begins[:, 1:]).any():
-                return None
-            # A segment ends where the next begins.
-            ends = torch.cat([torch.where(begins, index, s)[:, 1:], torch.full((b, 1), s, device=index.device)], 1)
-            ends = ends.flip(1).cummin(1).values.flip(1)
-            last = torch.maximum(last, torch.minimum(prefix, ends))
-        return torch.stack([first, last], -1).int()
+            inside = index < self.prefix_len.view(b, -1)
+        # A run of tokens inside a prefix ends with it or its segment. Its first one, unless it is its segment's first run, tells a second.
+        enters = inside.clone()
+        enters[:, 1:] &= begins[:, 1:] | ~inside[:, :-1]
+        entered = enters.cumsum(1)
+        if (entered - torch.where(begins, entered - enters.long(), 0).cummax(1).values > 1).any():
+            return None
+        ends = torch.where(begins | ~inside, index, s)
+        ends = torch.cat([ends[:, 1:], ends.new_full((b, 1), s)], 1).flip(1).cummin(1).values.flip(1)
+        first = torch.where(begins, index, 0).cummax(1).values
+        return torch.stack([first, torch.where(inside, ends, index + 1)], -1).int()
 
     def attention_mask(self) -> Tensor:
         """bool [b, 1, s, s], True where query i may attend to key j: for backends that need it dense."""

@@ -1,5 +1,7 @@
 """TokenBatch: shapes refused, masks against a loop over query and key."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,9 +68,9 @@ def test_mask(data, b, s, segmented, prefixed):
     if spans is not None:
         assert spans.dtype == torch.int32 and spans.shape == (b, s, 2)
         assert torch.equal((index >= spans[..., :1]) & (index < spans[..., 1:]), mask[:, 0])
-    elif prefixed != "a token":
+    else:
         holes = mask[:, 0, :, 1:] & ~mask[:, 0, :, :-1]
-        assert segmented and (holes.sum(-1) + mask[:, 0, :, 0] > 1).any(), "spans would have said it"
+        assert (holes.sum(-1) + mask[:, 0, :, 0] > 1).any(), "spans would have said it"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,9 @@ def test_mask(data, b, s, segmented, prefixed):
         ([0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 5], [[0, 2], [0, 2], [2, 5], [2, 5], [2, 5], [2, 6]]),
         ([0, 0, 1, 1, 1, 1], [4], [[0, 2], [0, 2], [2, 4], [2, 4], [2, 5], [2, 6]]),
         ([0, 0, 1, 1, 0, 0], None, None),
-        (None, [2, 2, 5, 5, 5, 5], None),
+        (None, [2, 2, 5, 5, 5, 5], [[0, 5], [0, 5], [0, 5], [0, 5], [0, 5], [0, 6]]),
+        (None, [3, 3, 3, 3, 0, 0], [[0, 3], [0, 3], [0, 3], [0, 4], [0, 5], [0, 6]]),
+        (None, [2, 2, 0, 5, 5, 5], None),
     ],
 )
 def test_spans(segments, prefixes, said):
@@ -95,3 +99,4 @@ def test_memo_makes_once():
     assert batch.memo("other", lambda: 5) == 5
     assert batch.attention_mask() is batch.attention_mask()
     assert batch_of().memo("key", lambda: 9) == 9, "one batch, one memo"
+    assert replace(batch, segment_ids=batch.tokens).memo("key", lambda: 9) == 9, "also where one is made of another"

@@ -9,7 +9,9 @@ Backward computes P again from q, k and lse. With D = sum over d of dy y:
 Scores exist in blocks that fit a cache, and of those only where something is attended to (FlashAttention-2, arXiv:2307.08691): no memory
 of s^2, no dense mask. Two products of 2 d FLOPs a pair of query and key forward, five backward. Sums in fp32; P and dS are rounded to bf16
 where that has an instruction and q is bf16. Heads and sequences are dealt to the threads, so results do not depend on their number.
-GPUs have torch's: there is no Triton body.
+
+What is not finite in v or dy may reach rows that do not attend to it, a few of them: a tile multiplies it by a weight of zero. GPUs have
+torch's attention: there is no Triton body.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None = None) -> T
     return y
 
 
+def scale_of(q: Tensor) -> float:
+    """1 / sqrt(d)."""
+    return max(q.shape[-1], 1) ** -0.5
+
+
 def scores_reference(q: Tensor, k: Tensor, spans: Tensor | None) -> Tensor:
     """S [b, kv_heads, heads / kv_heads, s, s] in at least fp32, -inf outside of the spans."""
     wide, s = torch.promote_types(q.dtype, torch.float32), q.shape[2]
@@ -46,7 +53,7 @@ def scores_reference(q: Tensor, k: Tensor, spans: Tensor | None) -> Tensor:
         allowed = index <= index[:, None]
     else:
         allowed = ((index >= spans[:, :, :1]) & (index < spans[:, :, 1:]))[:, None, None]
-    scores = q.unflatten(1, (k.shape[1], -1)).to(wide) @ k.unsqueeze(2).mT.to(wide) * q.shape[-1] ** -0.5
+    scores = q.unflatten(1, (k.shape[1], -1)).to(wide) @ k.unsqueeze(2).mT.to(wide) * scale_of(q)
     return scores.masked_fill(~allowed, -torch.inf)
 
 
@@ -63,7 +70,7 @@ def attention_backward_reference(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, spans: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each rounded once."""
-    scores, kv_heads, scale = scores_reference(q, k, spans), k.shape[1], q.shape[-1] ** -0.5
+    scores, kv_heads, scale = scores_reference(q, k, spans), k.shape[1], scale_of(q)
     wide_q, wide_dy, wide_y = (x.unflatten(1, (kv_heads, -1)).to(scores.dtype) for x in (q, dy, y))
     wide_k, wide_v = (x.unsqueeze(2).to(scores.dtype) for x in (k, v))
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (kv_heads, -1))[..., None]).exp()
@@ -80,11 +87,14 @@ class _Attention(torch.autograd.Function):
         y, lse = run(q, k, v, spans)
         ctx.save_for_backward(q, k, v, y, lse, spans)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # zeros for lse, which nobody reads
         return y, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
         q, k, v, y, lse, spans = ctx.saved_tensors
         run = attention_backward_reference if use_reference(q) else torch.ops.megapar.attention_backward.default
         return *run(dy, q, k, v, y, lse, spans), None

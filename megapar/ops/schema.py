@@ -66,7 +66,7 @@ FILES = {
     "step_state_": "step_state",
     "adamw_": "adamw",
 }
-"""The file, here and in `triton/`, of every op that computes something."""
+"""The file, here and in `triton/`, of every op that has a body on both devices."""
 CPU_ONLY = ("attention", "attention_backward")
 """Those in `attention.py`, which no GPU runs."""
 

@@ -1,5 +1,7 @@
 """torch.compile and the layers: same gradients, no graph break where nothing is communicated or accumulated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,12 +73,20 @@ def test_inductor():
     compare(1, False, False, "inductor")
 
 
-def test_no_graph_breaks_alone():
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("segments", [None, [0, 0, 1, 1, 1]])
+def test_no_graph_breaks_alone(segments, asked):
+    """Also under masks that are not plainly causal, whether or not the batch was asked for its spans before."""
     torch._dynamo.reset()
     model = block(ParallelMesh.alone())
     x = torch.randn(10, 16, requires_grad=True)
-    torch.compile(model, backend="aot_eager", fullgraph=True)(x, BATCH).sum().backward()
+    batch = BATCH if segments is None else replace(BATCH, segment_ids=torch.tensor(2 * segments))
+    if asked:
+        batch.attention_spans()
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x, batch)
+    y.sum().backward()
     assert all(param.grad is not None for param in model.parameters())
+    torch.testing.assert_close(y, model(x, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_breaks_are_asked_for():

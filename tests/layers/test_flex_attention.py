@@ -6,10 +6,12 @@ On a GPU the kernel that torch compiles is under test; on the CPU it is the refe
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,9 @@ from megapar.models.decoder import Decoder
 from megapar.models.generate import generate
 from megapar.models.pipelined import PipelinedDecoder
 from megapar.objectives.causal_lm import token_loss
+from megapar.objectives.prefix_lm import PrefixLM
+from megapar.objectives.randomness import Generator
+from megapar.objectives.sample import collate
 from megapar.pipeline.kinds import make_schedule
 from megapar.recompute import Recompute
 from megapar.training.config import Config
@@ -169,18 +174,32 @@ def layer_run(layer: Attention, x: Tensor, batch: TokenBatch) -> list[Tensor]:
 
 
 @cpu_only
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "in pieces"])
 def test_fused_is_sdpa(kind):
     """Without the dense mask, which is not made: within 2x SDPA's error. Where there are no spans it is SDPA, and of its bits."""
     batch, x = batch_of(2, 131, kind, 5), normal(262, 32, dtype=torch.float32, seed=0)
-    said = kind != "prefixes"
-    assert said == (batch.attention_spans() is not None)
+    if kind == "in pieces":
+        batch = replace(batch, segment_ids=torch.arange(262) % 3)
+    said = batch.attention_spans() is not None
+    assert said or kind in ("prefixes", "in pieces")
     with mock.patch.object(TokenBatch, "_dense_mask", side_effect=AssertionError("a mask")) if said else nullcontext():
         fused, again = (layer_run(Attention(32, 4, 2, backend="fused", **options), x, batch) for options in ({}, {"recompute": True}))
     sdpa, exact = (layer_run(Attention(32, 4, 2, backend="sdpa", dtype=z.dtype), z, batch) for z in (x, x.double()))
     for ours, kept, theirs, truth in zip(fused, again, sdpa, exact, strict=True):
         assert torch.equal(ours, kept) and (said or torch.equal(ours, theirs))
         assert float((ours - truth).norm()) <= 2 * float((theirs - truth).norm()) + 4 * 2**-24 * float(truth.norm())
+
+
+@cpu_only
+def test_samples_of_unequal_length_need_no_dense_mask():
+    """Their padding is outside of every prefix."""
+    prefix_lm = PrefixLM(sequence_length=16, vocab_size=31)
+    samples = [prefix_lm(np.arange(n), Generator(0, n)) for n in (9, 14, 6)]
+    batch = collate(samples, 16)
+    assert batch.prefix_len is not None and batch.segment_ids is None
+    spans, index = batch.attention_spans(), torch.arange(16)
+    assert spans is not None
+    assert torch.equal((index >= spans[..., :1]) & (index < spans[..., 1:]), batch.attention_mask()[:, 0])
 
 
 SIZES = {"hidden_size": 48, "layers": 2, "heads": 3, "kv_heads": 1, "init_std": 0.2}

@@ -25,12 +25,13 @@ def spans_of(kind: str, b: int, s: int, seed: int) -> Tensor | None:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values, with heads beside each other, or with gaps in every dimension."""
+    """The same values, with heads beside each other, with gaps between rows, or with the numbers of a row apart."""
     if layout == "by token":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "gaps":
-        return torch.full([2 * n for n in x.shape], torch.nan, dtype=x.dtype)[::2, ::2, ::2, ::2].copy_(x)
-    return x
+        b, heads, s, d = x.shape
+        return torch.full((2 * b, 2 * heads, 2 * s, d + 3), torch.nan, dtype=x.dtype)[::2, ::2, ::2, 1 : d + 1].copy_(x)
+    return x.transpose(2, 3).contiguous().transpose(2, 3) if layout == "apart" else x
 
 
 def drawn(b: int, heads: int, kv_heads: int, s: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
@@ -72,7 +73,7 @@ def bounds(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, dt
     st.sampled_from([1, 2, 15, 16, 33, 64, 80, 128]),
     st.sampled_from(DTYPES),
     st.sampled_from(["causal", "documents", "any"]),
-    st.sampled_from(["by head", "by token", "gaps"]),
+    st.sampled_from(["by head", "by token", "gaps", "apart"]),
 )
 def test_against_fp64(b, heads, s, d, dtype, kind, layout):
     dy, q, k, v = (laid_out(x, layout) for x in drawn(b, *heads, s, d, dtype))
@@ -110,6 +111,20 @@ def test_nothing_to_attend_to():
     assert not dq[0, 0, [0, 7, 50]].any() and all(bool(x.isfinite().all()) for x in (dk, dv))
     others = [i for i in range(60) if i not in (0, 7, 50)]
     assert torch.equal(y[0, 0, others], full[0, 0, others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinitely_far_keys(dtype):
+    """A whole block of keys with scores of -inf before the first that counts: as if they were not there."""
+    _, q, k, v = drawn(1, 1, 1, 300, 16, dtype)
+    q = q.abs() + 1
+    far = k.clone()
+    far[:, :, :200] = -torch.inf
+    spans = torch.tensor([0, 300]).expand(1, 300, 2).int().contiguous()
+    near = torch.tensor([200, 300]).expand(1, 300, 2).int().contiguous()
+    (y, lse), (wanted, wanted_lse) = op(q, far, v, spans), op(q, k, v, near)
+    torch.testing.assert_close(y, wanted, rtol=4 * UNIT[dtype], atol=4 * UNIT[dtype])
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_accumulate_over_the_heads_of_a_group():
@@ -175,6 +190,8 @@ def test_empty(shape):
     y, lse = op(q, k, v, None)
     grads = op_backward(dy, q, k, v, y, lse, None)
     assert y.shape == q.shape and [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+    reference = attention_reference(q, k, v, None)[0], *attention_backward_reference(dy, q, k, v, y, lse, None)
+    assert all(torch.equal(a, b) for a, b in zip((y, *grads), reference, strict=True))
 
 
 def spans_with(row: int, first: int, last: int) -> Tensor:

@@ -19,9 +19,9 @@ from megapar.recompute import Recompute
 VOCABULARY, B, S, LAYERS = 61, 2, 24, 4
 STYLES = {
     "llama": DecoderConfig(hidden_size=64, layers=LAYERS, heads=8, kv_heads=4, ffn_size=160),
-    "wide heads": DecoderConfig(hidden_size=48, layers=LAYERS, heads=4, kv_heads=1, head_size=24, ffn_size=96, attention="sdpa"),
+    "wide heads": DecoderConfig(hidden_size=48, layers=LAYERS, heads=4, kv_heads=1, head_size=24, ffn_size=96),
     "gpt": gpt_style(hidden_size=64, layers=LAYERS, heads=4, max_positions=32),
-    "sdpa": DecoderConfig(hidden_size=64, layers=LAYERS, heads=8, ffn_size=160, attention="sdpa"),
+    "sdpa": DecoderConfig(hidden_size=48, layers=LAYERS, heads=4, kv_heads=1, ffn_size=96, attention="sdpa"),
 }
 MODES = (Recompute(), Recompute("full"), Recompute("full", blocks=1), Recompute("attention"), Recompute("mlp"), Recompute("mlp", blocks=1))
 CASES = (
