@@ -113,14 +113,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if token_losses is not None:
                 token_losses[chunk] = losses
-            if not any(needs):
-                continue
-            seed = scale.to(lse).expand(lse.shape[0])
-            dlogits = cross_entropy_grad(seed, logits, index[chunk], lse, ignored[chunk], **options, overwrite=True)
+            if any(needs):
+                seed = scale.to(lse).expand(lse.shape[0])
+                logits = cross_entropy_grad(seed, logits, index[chunk], lse, ignored[chunk], **options, overwrite=True)
             if dx is not None:
-                dx[chunk] = linear_input_grad(dlogits, weight)
+                dx[chunk] = linear_input_grad(logits, weight)
             if dw is not None:
-                linear_weight_grad(dlogits, full[chunk], dw, float(start > 0))
+                linear_weight_grad(logits, full[chunk], dw, float(start > 0))
+            del logits  # before the next chunk's are made (test_linear_cross_entropy.py::test_one_chunk_at_a_time)
         if dw is not None and t == 0:
             dw.zero_()
         ctx.save_for_backward(dx, dw)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.zero_memory import Meter
 from megapar import ParallelMesh
 from megapar.grads import MainGrads
 from megapar.layers import linear_cross_entropy
@@ -12,6 +13,7 @@ from megapar.layers.linear_cross_entropy import chunk_rows, vocab_parallel_linea
 from megapar.mesh import Axis
 from megapar.params import split
 from tests.counting import counted
+from tests.row_ops import on_cpu
 
 T, H, V = 13, 8, 11
 SMOOTHING, Z_LOSS = 0.1, 0.01
@@ -200,3 +202,20 @@ def test_bad_input(change, told):
     x, weight, target = inputs(torch.float32)
     with pytest.raises(ValueError, match=told):
         vocab_parallel_linear_cross_entropy(**{"x": x, "weight": weight, "target": target, "tp": None} | change)
+
+
+@on_cpu
+@pytest.mark.parametrize("trained", [False, True])
+def test_one_chunk_at_a_time(trained, monkeypatch):
+    """Four chunks of logits: the memory of one, and the gradients'."""
+    chunk, gradients = 64 * 2048 * 4, (2048 + 256) * 8 * 4 if trained else 0
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 64)
+    x, weight, target = torch.randn(256, 8), torch.randn(2048, 8), torch.zeros(256, dtype=torch.int64)
+    x.requires_grad_(trained), weight.requires_grad_(trained)
+    meter = Meter()
+    for _ in range(2):  # the first makes what the kernels keep
+        with meter.measuring():
+            held = meter.held
+            loss = vocab_parallel_linear_cross_entropy(x, weight, target, tp=None, vocab_size=2048)
+        del loss
+    assert chunk < meter.peak - held - gradients < 1.5 * chunk
