@@ -13,7 +13,7 @@ from megapar.layers.linear_cross_entropy import chunk_rows, vocab_parallel_linea
 from megapar.mesh import Axis
 from megapar.params import split
 from tests.counting import counted
-from tests.row_ops import on_cpu
+from tests.row_ops import cpu_only
 
 T, H, V = 13, 8, 11
 SMOOTHING, Z_LOSS = 0.1, 0.01
@@ -204,7 +204,7 @@ def test_bad_input(change, told):
         vocab_parallel_linear_cross_entropy(**{"x": x, "weight": weight, "target": target, "tp": None} | change)
 
 
-@on_cpu
+@cpu_only
 @pytest.mark.parametrize("trained", [False, True])
 def test_one_chunk_at_a_time(trained, monkeypatch):
     """Four chunks of logits: the memory of one, and the gradients'."""

@@ -204,6 +204,7 @@ def test_weight_grad(t, out, n, dtype, into_fp32, beta, alpha, layout):
     assert torch.equal(untold, target)
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(530, 610), (610, 530), (7, 20), (20, 7)])
 def test_deep(rows, columns, dtype):
