@@ -65,7 +65,11 @@ def exit_on(rank: int, code: int) -> None:
 
 
 def kill_on(rank: int) -> None:
+    """Once all ranks have joined: one that still connects to a rank that is gone fails too."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"joined {dist.get_rank()}", "")
     if dist.get_rank() == rank:
+        store.wait([f"joined {r}" for r in range(dist.get_world_size())])
         os.kill(os.getpid(), signal.SIGKILL)
 
 
