@@ -17,7 +17,8 @@ static float soften(const float* scores, Range keys, Range vectors, float scale,
   for (int64_t j = vectors.begin; j < vectors.end; j += LANES)
     if (overlaps(j, keys)) most = max(most, masked(load(scores + j) * scale, j, keys, so_far.top));
   const float top = max(most);
-  // exp(-inf - 0) = 0 is the right weight while all scores have been -inf, exp(-inf + inf) would be NaN.
+  // exp(-inf - 0) = 0 is the right weight while all scores have been -inf, exp(-inf + inf) would be NaN
+  // (tests/ops/test_attention.py::test_infinitely_far_keys).
   const float base = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
   F32 total = {};
   for (int64_t j = vectors.begin; j < vectors.end; j += LANES) {

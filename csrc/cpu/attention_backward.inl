@@ -48,7 +48,7 @@ struct Slope {
 static inline Slope slope(const float* scores, const float* dweights, int64_t j, Range keys, float scale, float lse, float delta) {
   if (!overlaps(j, keys)) return {F32{}, F32{}};
   const F32 weight = masked(exp(load(scores + j) * scale - lse), j, keys, 0.0f);
-  // The products outside were not computed: anything may stand there.
+  // The products outside were not computed: anything may stand there (tests/ops/test_attention.py::test_nothing_to_attend_to).
   return {weight, masked(weight * (load(dweights + j) - delta), j, keys, 0.0f)};
 }
 

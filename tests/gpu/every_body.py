@@ -17,7 +17,7 @@ def missing() -> list[str]:
     for op in dispatch.CUDA_OPS if compiled else sorted(schema.FILES):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"megapar::{op}", "CUDA"):
             found.append(f"megapar::{op} has no kernel under the CUDA key")
-        file = "cuda" if compiled else f"triton.{schema.FILES.get(op, op)}"
+        file = "cuda" if compiled else f"triton.{schema.FILES[op]}"
         try:
             getattr(importlib.import_module(f"megapar.ops.{file}"), op)
         except (ImportError, AttributeError) as error:
