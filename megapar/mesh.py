@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megapar.channels import Channels, connect_channels
 from megapar.shared_memory import SharedMemory, connect
 
 DP_TAGS = REDUCE, GATHER = 1, 2
@@ -29,8 +30,8 @@ class Axis:
 
     `ranks` are the global ranks along the axis, `rank` is this process's position among them, and `group` is the process group that
     joins them: None for an axis of size 1, and for one that only describes a layout and never communicates. `timeout` is that of the
-    group, for the groups made from it; `memory` is what the ranks share if they are on one host's CPUs: for each tag, collectives of which
-    keep one order on all ranks.
+    group, for the groups made from it. If the ranks are on one host's CPUs, collectives go through `memory`, one for each tag, of which
+    they keep one order on all ranks, and messages through `channels`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Axis:
     group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
     memory: Mapping[int, SharedMemory] = field(default_factory=dict, repr=False)
+    channels: Channels | None = field(default=None, repr=False)
     _subsets: dict[tuple[int, ...], Axis] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Axis:
@@ -130,6 +132,7 @@ class ParallelMesh:
         self.dp = self._axis("dp", [[p * tp * dp + i + j * tp for j in range(dp)] for p in range(pp) for i in range(tp)], timeout)
         self.dp = self._with_memory(self.dp, DP_TAGS)
         self.pp = self._axis("pp", [[i + p * tp * dp for p in range(pp)] for i in range(tp * dp)], timeout)
+        self.pp = self._with_memory(self.pp, (), channels=True)
         # Made on every rank, though only some are in one: torch names a group made by its members alone after how many groups they have.
         ends = [[i, i + (pp - 1) * tp * dp] for i in range(tp * dp)] if pp > 2 else []
         self.pp_ends = self.pp if pp <= 2 else self._axis("pp_ends", ends, timeout)
@@ -163,12 +166,14 @@ class ParallelMesh:
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
         self._owns_world = True
 
-    def _with_memory(self, axis: Axis, tags: Sequence[int]) -> Axis:
-        """The axis with memory for collectives of these tags, where its ranks can share any."""
+    def _with_memory(self, axis: Axis, tags: Sequence[int], channels: bool = False) -> Axis:
+        """The axis with memory for collectives of these tags, and for messages, where its ranks can share any."""
         if axis.group is None or axis.timeout is None or self.device.type != "cpu" or dist.get_backend(axis.group) != "gloo":
             return axis
-        made = {tag: connect(axis.rank, axis.size, axis.group, axis.timeout.total_seconds(), len(tags)) for tag in tags}
-        return replace(axis, memory={tag: memory for tag, memory in made.items() if memory is not None})
+        place = axis.rank, axis.size, axis.group, axis.timeout.total_seconds()
+        made = {tag: connect(*place, len(tags)) for tag in tags}
+        memory = {tag: shared for tag, shared in made.items() if shared is not None}
+        return replace(axis, memory=memory, channels=connect_channels(*place) if channels else None)
 
     def _axis(self, name: str, grid: list[list[int]], timeout: timedelta) -> Axis:
         """The row of `grid` that holds this rank, else an axis of 1. Every rank makes every group, in one order, as new_group demands."""

@@ -129,10 +129,10 @@ class SharedMemory:
                 spins += 1
                 if spins > SPINS:
                     begin = begin or time.monotonic()
-                    trouble = self._pause(rank, time.monotonic() - begin)
+                    why = self._pause(rank, time.monotonic() - begin)
                     # It may have posted its last and ended while this rank slept: only a counter that is still behind counts.
-                    if trouble and counters[rank] < number:
-                        raise CommunicationError(trouble)
+                    if why and counters[rank] < number:
+                        raise CommunicationError(why)
 
     def _pause(self, rank: int, waited: float) -> str | None:
         """Lets others run while this rank waits for `rank`; why there is no more use in waiting, if so."""
@@ -140,13 +140,7 @@ class SharedMemory:
             os.sched_yield()
             return None
         time.sleep(NAP)
-        if self._left[rank]:
-            return f"rank {rank} of the axis failed and left: see its output, and start the ranks again"
-        if process_is_gone(self._processes[rank]):
-            return f"rank {rank} of the axis died (process {self._processes[rank]}): see its output, and start the ranks again"
-        if waited > self.timeout:
-            return f"rank {rank} of the axis did not come within {self.timeout:.0f} s: it hangs or is slower, raise the timeout if so"
-        return None
+        return trouble(rank, bool(self._left[rank]), self._processes[rank], waited, self.timeout)
 
 
 class Posted:
@@ -172,14 +166,20 @@ def _described(signature: int) -> str:
 
 
 def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float, tags: int = 1) -> SharedMemory | None:
-    """Memory shared by all ranks of the group, or None, on all of them, where they cannot share any. tags: how many such they make.
+    """Memory for collectives of all ranks of the group, or None, on all of them, where they cannot share any. tags: how many such they
+    make."""
+    slot = min(LARGEST_SLOT, MOST_BYTES // (tags * size * RING)) // LINE * LINE
+    shared = map_together(2 * size * LINE + size * RING * slot, rank, size, group)
+    return None if shared is None else SharedMemory(shared[0], rank, size, slot, shared[1], timeout)
+
+
+def map_together(total: int, rank: int, size: int, group: dist.ProcessGroup) -> tuple[mmap.mmap, list[int]] | None:
+    """`total` bytes of zeros that all ranks of the group map, and the process of each; None, on all of them, where they cannot.
 
     Three small collectives, and a file that exists only until every rank has mapped it.
     """
     if len(set(_everyone(_host(), size, group))) > 1 or _host() == 0:
         return None
-    slot = min(LARGEST_SLOT, MOST_BYTES // (tags * size * RING)) // LINE * LINE
-    total = 2 * size * LINE + size * RING * slot
     created = _create(total) if rank == 0 else 0
     try:
         name = _everyone(created, size, group)[0]
@@ -188,9 +188,18 @@ def connect(rank: int, size: int, group: dist.ProcessGroup, timeout: float, tags
     finally:
         if created:
             _path(created).unlink()
-    if memory is None or 0 in processes:
-        return None
-    return SharedMemory(memory, rank, size, slot, processes, timeout)
+    return None if memory is None or 0 in processes else (memory, processes)
+
+
+def trouble(rank: int, left: bool, process: int, waited: float, timeout: float) -> str | None:
+    """Why there is no more use in waiting for a rank of the axis, if so."""
+    if left:
+        return f"rank {rank} of the axis failed and left: see its output, and start the ranks again"
+    if process_is_gone(process):
+        return f"rank {rank} of the axis died (process {process}): see its output, and start the ranks again"
+    if waited > timeout:
+        return f"rank {rank} of the axis did not come within {timeout:.0f} s: it hangs or is slower, raise the timeout if so"
+    return None
 
 
 def process_is_gone(process: int) -> bool:

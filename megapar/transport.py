@@ -1,10 +1,10 @@
 """Collectives and messages along one Axis, started now and waited for later.
 
 On CUDA they are NCCL's. On CPU every rank gets every other's tensor and adds them itself, in rank order, in at least fp32: through memory
-that the ranks of a host share (`megapar.shared_memory`), along dp piece by piece; where there is none, or the tensor does not fit along tp,
-as one message to each through the process group. gloo's own collectives take several messages each (its reduce-scatter is an all-reduce
-inside) and round 16-bit sums at every hop. `benchmarks/overhead.py` measures the difference. An all-reduce of a large tensor over more
-than two ranks is gloo's, which sends less.
+that the ranks of a host share (`megapar.shared_memory`), along dp piece by piece; where there is none, or the tensor does not fit along
+tp, as one message to each. Messages go through shared memory too (`megapar.channels`), or through the process group. gloo's own
+collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop
+(`benchmarks/overhead.py`). An all-reduce of a large tensor over more than two ranks is gloo's, which sends less.
 
 Whatever goes wrong with another rank raises CommunicationError.
 """
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapar.channels import Message
 from megapar.mesh import DP_TAGS, GATHER, Axis
 from megapar.shared_memory import CommunicationError, Kind, SharedMemory
 
@@ -32,7 +33,8 @@ PIECES_AHEAD = 2
 NEVER = 2**31 - 1
 """The tag of no message."""
 
-Works = Sequence[dist.Work | None]
+Work = dist.Work | Message
+"""A message that one may have to wait for."""
 
 
 class Pending(Protocol):
@@ -44,15 +46,14 @@ class Pending(Protocol):
 class _Messages:
     """A collective made of messages through the process group."""
 
-    def __init__(self, works: Works, finish: Callable[[], Tensor]) -> None:
+    def __init__(self, works: Sequence[Work | None], finish: Callable[[], Tensor]) -> None:
         self._works, self._finish = works, finish
         self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
         if self._result is None:
             for work in self._works:
-                if work is not None:
-                    wait(work)
+                wait(work)
             self._result = self._finish()
         return self._result
 
@@ -69,27 +70,35 @@ def host_device(axis: Axis) -> torch.device:
     return torch.device("cuda" if axis.group is not None and dist.get_backend(axis.group) == "nccl" else "cpu")
 
 
-def wait(work: dist.Work) -> None:
-    """Waits for what was started. Raises CommunicationError if the other rank is gone or does not come in time."""
+def wait(work: Work | None) -> None:
+    """Waits for what was started, if there is need to. Raises CommunicationError if the other rank is gone or does not come in time."""
     try:
-        work.wait()
+        if work is not None:
+            work.wait()
+    except CommunicationError:
+        raise
     except RuntimeError as error:
         raise CommunicationError(str(error)) from error
 
 
-def start_send(x: Tensor, axis: Axis, rank: int, tag: int) -> dist.Work:
-    """Starts sending contiguous `x` to rank `rank` of the axis. The caller keeps `x` until it has waited.
+def start_send(x: Tensor, axis: Axis, rank: int, tag: int) -> Work | None:
+    """Starts sending contiguous `x` to rank `rank` of the axis. The caller keeps `x` until it has waited; None: no longer.
 
     On CPUs a receive takes the message of its tag. NCCL knows no tags: there the messages of two ranks need one order on both.
     """
+    if axis.channels is not None and x.device.type == "cpu":
+        axis.channels.send(x, rank, tag)
+        return None
     try:
         return group_of(axis).send([x], rank, tag)
     except RuntimeError as error:
         raise CommunicationError(str(error)) from error
 
 
-def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> dist.Work:
+def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> Work:
     """Starts filling contiguous `out` with the message of this tag from rank `rank` of the axis, of the same size."""
+    if axis.channels is not None and out.device.type == "cpu":
+        return axis.channels.receive(out, rank, tag)
     try:
         return group_of(axis).recv([out], rank, tag)
     except RuntimeError as error:
@@ -103,6 +112,8 @@ def close_connections(axis: Axis) -> None:
     """
     for memory in axis.memory.values():
         memory.leave()
+    if axis.channels is not None:
+        axis.channels.leave()
     for subset in axis.subsets():
         close_connections(subset)
     if axis.group is None:
@@ -209,10 +220,11 @@ def _reduce_in_pieces(memory: SharedMemory, x: Tensor, total: Tensor, axis: Axis
     return _Pieces(memory, Kind.REDUCE_SCATTER, others, add, total)
 
 
-def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis, tag: int = 0) -> Works:
+def _exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], axis: Axis, tag: int = 0) -> list[Work | None]:
     """Starts sending sends[r] to every other rank r of the axis, and receiving receives[r] from it. Messages of a pair keep their order."""
     others = [(axis.rank + i) % axis.size for i in range(1, axis.size)]
-    return [start_receive(receives[r], axis, r, tag) for r in others] + [start_send(sends[r], axis, r, tag) for r in others]
+    asked: list[Work | None] = [start_receive(receives[r], axis, r, tag) for r in others]
+    return asked + [start_send(sends[r], axis, r, tag) for r in others]
 
 
 def _memory(x: Tensor, axis: Axis, tag: int = 0, whole: bool = True) -> SharedMemory | None:

@@ -13,7 +13,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A package may import those on earlier lines, and on its own line those to its left.
 ORDER = [
-    ["shared_memory", "mesh", "params", "transport"],
+    ["shared_memory", "channels", "mesh", "params", "transport"],
     ["grads", "batch"],
     ["_C", "ops"],  # _C: the compiled kernels
     ["optim", "collectives", "failures"],

@@ -172,7 +172,7 @@ class PipelineRunner:
             signed = [signature(micro_batch) for micro_batch in micro_batches]
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
-        axis = self.mesh.world if self.mesh.dp.size == 1 else self.mesh.pp
+        axis = self.mesh.world if self.mesh.dp.size == 1 < self.mesh.tp.size else self.mesh.pp
         if not _all_say(None if error else (what, signed), axis):
             check_same(what, axis, "the method that is called")
             check_same(count, axis, "the number of micro-batches")

@@ -19,12 +19,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapar.mesh import Axis
 from megapar.pipeline.schedule import Action
-from megapar.transport import host_device, start_receive, start_send, wait
+from megapar.transport import Work, host_device, start_receive, start_send, wait
 
 HEADER_BYTES = 1024
 MOST_PARTS = 16
@@ -120,14 +119,14 @@ def signature(value: Any) -> Hashable:
 
 class _Outgoing(NamedTuple):
     tensors: Sequence[Tensor]  # kept alive until it has arrived
-    works: list[dist.Work]
+    works: list[Work]
 
 
 class Incoming(NamedTuple):
     """A message that is on its way."""
 
     payload: Payload
-    works: list[dist.Work]
+    works: list[Work]
 
     def arrived(self) -> Payload:
         for work in self.works:
@@ -164,7 +163,9 @@ class Wire:
         while len(waiting) >= UNDER_WAY:
             self._finish(waiting.popleft())
         peer, tag = self._peer(action), self._tag(action)
-        waiting.append(_Outgoing(tensors, [start_send(tensor, self.axis, peer, tag) for tensor in tensors]))
+        works = [work for tensor in tensors if (work := start_send(tensor, self.axis, peer, tag)) is not None]
+        if works:
+            waiting.append(_Outgoing(tensors, works))
 
     def knows(self, action: Action, signed: Hashable) -> bool:
         """Whether a RECV_F or RECV_B of a micro-batch of this signature can be posted without waiting for a header."""

@@ -120,18 +120,18 @@ STEPS: dict[str, tuple[Callable[[PipelineRunner, int], Any], str]] = {
     "too few everywhere": (lambda r, _: r.step(data(3), loss_fn), "step was given 3 micro-batches and takes 4: give as many"),
     "too few on one rank": (
         lambda r, rank: r.step(data(4 - rank), loss_fn),
-        r"the number of micro-batches must be the same on all ranks of world and differs \(rank 0: 4, rank 1: 3\): give each rank the same",
+        r"the number of micro-batches must be the same on all ranks of pp and differs \(rank 0: 4, rank 1: 3\): give each rank the same",
     ),
     "none": (lambda r, _: r.step([], loss_fn), "step was given 0 micro-batches and takes 4: give as many"),
     "none to evaluate": (lambda r, _: r.evaluate([], loss_fn), "evaluate was given 0 micro-batches and takes 1 or more: give as many"),
     "a generator": (
         lambda r, rank: r.step(data(4) if rank else (x for x in data(4)), loss_fn),
-        r"the number of micro-batches must be the same on all ranks of world and differs \(rank 0: None, rank 1: 4\)",
+        r"the number of micro-batches must be the same on all ranks of pp and differs \(rank 0: None, rank 1: 4\)",
     ),
     "generators": (lambda r, _: r.step((x for x in data(4)), loss_fn), "step was given a generator as micro-batches: give a list of them"),
     "other shapes on one rank": (
         lambda r, rank: r.step([(x[: 2 - rank], y) for x, y in data(4)], loss_fn),
-        "what the micro-batches look like must be the same on all ranks of world and differs",
+        "what the micro-batches look like must be the same on all ranks of pp and differs",
     ),
     "an unknown object on one rank": (
         lambda r, rank: r.step([(*d, {1} if rank else 1) for d in data(4)], loss_fn),
@@ -139,7 +139,7 @@ STEPS: dict[str, tuple[Callable[[PipelineRunner, int], Any], str]] = {
     ),
     "another method": (
         lambda r, rank: (r.evaluate if rank else r.step)(data(4), loss_fn),
-        r"the method that is called must be the same on all ranks of world and differs \(rank 0: step, rank 1: evaluate\)",
+        r"the method that is called must be the same on all ranks of pp and differs \(rank 0: step, rank 1: evaluate\)",
     ),
 }
 

@@ -86,21 +86,49 @@ class Doubling(nn.Module):
         return _Doubled.apply(x * self.weight, self.made)
 
 
-def dropped() -> None:
-    mesh, chunk, m = ParallelMesh(pp=2), Doubling(), 8
+def without_channels(pp: int) -> ParallelMesh:
+    """Whose messages go through the process group, as between hosts."""
+    with mock.patch("megapar.mesh.connect_channels", lambda *_: None):
+        return ParallelMesh(pp=pp)
+
+
+def dropped(shared: bool) -> None:
+    mesh, chunk, m = ParallelMesh(pp=2) if shared else without_channels(2), Doubling(), 8
     data = [torch.full((2, 4), float(i)) for i in range(m)]
     runner = PipelineRunner([chunk], mesh, gpipe(2, 1, m), inputs=lambda x: x)
     runner.step(data, lambda y, _: (y.sum(), 1))
     if mesh.pp.rank == 0:
-        assert UNDER_WAY == 2 == max(chunk.alive), chunk.alive
+        assert max(chunk.alive) == (UNDER_WAY if mesh.pp.channels is None else 0), chunk.alive
     assert not any(made() is not None for made in chunk.made)
     total = float(sum(x.sum() for x in data)) / 4  # of one of four columns; y = 4 w0 w1 x
     assert chunk.weight.grad is not None and torch.equal(chunk.weight.grad, torch.full((4,), 4 * total))
 
 
-def test_sent_outputs_are_dropped(ranks):
-    """While it computes on, the first rank keeps the memory of two outputs at most; the graph needs none of them."""
-    ranks.run(2, dropped)
+@pytest.mark.parametrize("shared", [False, True])
+def test_sent_outputs_are_dropped(ranks, shared):
+    """While it computes on, the first rank keeps the memory of two outputs at most, or none that is sent through memory; the graph needs
+    none of them."""
+    assert UNDER_WAY == 2
+    ranks.run(2, dropped, shared)
+
+
+def gradients(kind: str, pp: int, chunks: int, shared: bool) -> list[torch.Tensor]:
+    """This rank's, of two steps of micro-batches of several lengths."""
+    mesh = ParallelMesh(pp=pp) if shared else without_channels(pp)
+    stages = stages_of(config_of(pp * chunks, False, False, 2), mesh, chunks)
+    grads = MainGrads(p for stage in stages for p in stage.parameters())
+    runner = PipelineRunner([Chunk(stage) for stage in stages], mesh, make_schedule(kind, pp, chunks, 5))
+    for seed in range(2):
+        runner.step(micro_batches(5, seed=seed, varying=True), loss_of(stages[-1]))
+    grads.finish()
+    return [p.main_grad for stage in stages for p in stage.parameters()]
+
+
+@pytest.mark.parametrize("kind,pp,chunks", [("gpipe", 3, 1), ("1f1b", 2, 1), ("interleaved_1f1b", 2, 2), ("zero_bubble", 4, 1)])
+def test_through_the_process_group(ranks, kind, pp, chunks):
+    """Bitwise the gradients of messages through shared memory."""
+    for one, other in zip(*(ranks.run(pp, gradients, kind, pp, chunks, shared) for shared in (True, False)), strict=True):
+        assert len(one) > 0 and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(one, other, strict=True))
 
 
 def test_tags_differ():
