@@ -22,8 +22,9 @@ from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cr
 from megapar.ops.linear import linear_forward, linear_input_grad, linear_weight_grad
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
-CPU_BYTES = 28 << 20
-"""Of a chunk's logits: enough rows for an efficient GEMM. From 32 MiB on glibc gives memory back and takes it again page by page."""
+CPU_BYTES = 32 << 20
+"""Of a chunk's logits: enough rows for an efficient GEMM. What takes as much glibc gives back at once, and the pages of each new chunk cost
+some percent of the time; of 28 MiB it kept up to three chunks (`python -m benchmarks.linear_cross_entropy`: peak MB)."""
 GPU_ROWS = 2048
 GPU_TILES = 8 * 148
 
