@@ -1,9 +1,8 @@
 """How CPU ranks of one host send each other messages: through memory that all of them map, one channel for each pair and direction.
 
-A channel is a ring of bytes that one rank writes and the other reads, in order: a header of a line (tag, bytes that follow, bytes of the
-whole message), then the bytes. A message that finds room is sent without waiting for its reader; of a larger one as much as there is room
-for, piece by piece. A rank that waits, for a message or for room, takes whatever has come from everyone, also what it asks for only later:
-so two ranks that fill each other's channels do not wait for each other (tests/test_channels.py::test_both_full).
+A channel is a ring of bytes that one rank writes and the other reads, in order: a header of a line (tag, bytes of the message, where it
+is), then the bytes. A message for which there is no room just then travels through the process group, and its header alone through the
+channel. No send waits for its reader, who may be waiting for a third rank, and that one for this (tests/pipeline/test_wire.py::test_room).
 
 Who has nothing to do sleeps, as ranks often share a core, until its bell rings: a word of the memory that the kernel can wait on.
 
@@ -28,25 +27,24 @@ from megapar.shared_memory import LINE, MOST_BYTES, CommunicationError, map_toge
 
 LARGEST_CHANNEL = 4 << 20
 """Bytes."""
+PARTS = 8
+"""A message takes at most one part in so many of a channel, and one part is kept for headers, of thousands of messages without room."""
+WITHOUT_ROOM = 1 << 30
+"""Added to the tag of a message that found no room: one too large for the channel, of the same tag, may be under way in the group too."""
 NAP = 0.02
-"""Seconds of sleep after which a rank looks whether the one that it waits for is alive."""
+"""Seconds after which a rank looks whether the one that it waits for is alive."""
+RING, GROUP, SKIP = 0, 1, 2
+"""Where a message is; or: nowhere, the next header is at the start of the ring."""
 
 
 class Message:
     """One that was asked for; `wait()` returns once it is in `out`, contiguous."""
 
     def __init__(self, channels: Channels, peer: int, tag: int, out: Tensor) -> None:
-        self.peer, self.tag, self.channels = peer, tag, channels
-        self.bytes, self.arrived = out.view(-1).view(torch.uint8), 0
-        self.early: Message | None = None  # the same one, if it came before it was asked for
-
-    @property
-    def done(self) -> bool:
-        return self.arrived == self.bytes.numel()
-
-    def take(self, piece: Tensor) -> None:
-        self.bytes[self.arrived : self.arrived + piece.numel()].copy_(piece)
-        self.arrived += piece.numel()
+        self.channels, self.peer, self.tag, self.out = channels, peer, tag, out
+        self.bytes = out.view(-1).view(torch.uint8)
+        self.done = self.bytes.numel() == 0  # nobody sends nothing
+        self.work: dist.Work | None = None  # while it travels through the process group
 
     def wait(self) -> None:
         self.channels.finish(self)
@@ -55,8 +53,10 @@ class Message:
 class Channels:
     """One rank's ends of the channels between the ranks of an axis. Messages of a pair and tag keep their order."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, size: int, capacity: int, processes: list[int], timeout: float) -> None:
-        self.rank, self.size, self.capacity, self.timeout = rank, size, capacity, timeout
+    def __init__(
+        self, memory: mmap.mmap, rank: int, size: int, capacity: int, processes: list[int], timeout: float, group: dist.ProcessGroup
+    ) -> None:
+        self.rank, self.size, self.capacity, self.timeout, self.group = rank, size, capacity, timeout, group
         self._processes = processes
         self._bells = _Bells(memory, rank, size)
         # The bytes that have gone through the channel [from, to] so far, each on a line that one rank writes; then the rings.
@@ -66,112 +66,126 @@ class Channels:
         self._rings = {(a, b): torch.from_numpy(rings[a, b - (b > a)]) for a in range(size) for b in range(size) if a != b}
         self._headers = {pair: ring.view(torch.int64).numpy() for pair, ring in self._rings.items()}
         self._asked: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-        self._early: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-        self._coming: dict[int, Message] = {}
+        self._early: dict[tuple[int, int], deque[tuple[int, Tensor | None]]] = defaultdict(deque)
+        self._without_room: list[tuple[Tensor, dist.Work]] = []
         self._broken: BaseException | None = None
 
+    def take(self, x: Tensor) -> bool:
+        """Whether messages of this size, the same on both ranks, are for the channel."""
+        return x.numel() * x.element_size() <= self.capacity // PARTS
+
     def send(self, x: Tensor, peer: int, tag: int) -> None:
-        """Returns when all of contiguous `x` is in the channel to `peer`, or read by it."""
+        """Sends contiguous `x`, which the caller may forget or write to from then on."""
+        data = x.view(-1).view(torch.uint8)
+        size, pair = data.numel(), (self.rank, peer)
+        if size == 0:
+            return
         with self._whole():
-            left = x.view(-1).view(torch.uint8)
-            total = left.numel()
-            while left.numel():
-                left = left[self._put(left, peer, tag, total) :]
+            start = int(self._written[pair]) % self.capacity
+            skipped = self.capacity - start if start + LINE + size > self.capacity else 0
+            if self._room(pair) - skipped - LINE - _whole_lines(size) < self.capacity // PARTS:
+                self._until(lambda: self._room(pair) >= LINE, peer)
+                self._write(pair, start, (tag, size, GROUP), LINE)
+                kept = x.clone()
+                with _group_errors():
+                    self._without_room.append((kept, self.group.send([kept], peer, tag + WITHOUT_ROOM)))
+                return
+            if skipped:
+                self._write(pair, start, (0, 0, SKIP), skipped)
+                start = 0
+            self._rings[pair][start + LINE : start + LINE + size].copy_(data)
+            self._write(pair, start, (tag, size, RING), LINE + _whole_lines(size))
+
+    def flush(self) -> None:
+        """Waits until the messages that found no room have arrived."""
+        with self._whole(), _group_errors():
+            while self._without_room:
+                self._without_room.pop(0)[1].wait()
 
     def receive(self, out: Tensor, peer: int, tag: int) -> Message:
         """Asks for the next message of this tag from `peer`, which must be as long as contiguous `out`."""
         message = Message(self, peer, tag, out)
-        if message.done:  # of nothing, which nobody sends
+        if message.done:
             return message
-        if early := self._early[peer, tag]:
-            message.early = early.popleft()
-        else:
-            self._asked[peer, tag].append(message)
+        with self._whole():
+            if early := self._early[peer, tag]:
+                self._deliver(message, *early.popleft())
+            else:
+                self._asked[peer, tag].append(message)
+                self._look_for(message)
         return message
 
     def finish(self, message: Message) -> None:
         """Waits for it."""
         with self._whole():
-            early = message.early or message
-            self._until(lambda: early.done, message.peer)
-            if message.early is not None:
-                self._compare(message, early.bytes.numel())
-                message.take(early.bytes)
-                message.early = None
+            self._until(lambda: self._look_for(message), message.peer)
+            if message.work is not None:
+                with _group_errors():
+                    message.work.wait()
+                message.work, message.done = None, True
 
     def leave(self) -> None:
         """Ends every wait of the other ranks for this one, now and later, with an error."""
         self._left[self.rank] = 1
-        for peer in self._others():
+        for peer in range(self.size):
             self._bells.ring(peer)
 
-    def _put(self, data: Tensor, peer: int, tag: int, total: int) -> int:
-        """Writes as much of `data` as there is room for, at least a byte or the end of the ring; how much that is."""
-        pair = self.rank, peer
-        wanted = min(LINE + data.numel(), self.capacity // 2)
-        if self._room(pair) < wanted:
-            self._until(lambda: self._room(pair) >= wanted, peer)
-        start = int(self._written[pair]) % self.capacity
-        count = min(data.numel(), self._room(pair) - LINE, self.capacity - start - LINE)
-        self._headers[pair][start // 8 : start // 8 + 3] = tag, count, total
-        self._rings[pair][start + LINE : start + LINE + count].copy_(data[:count])
-        self._written[pair] += LINE + _whole_lines(count)
-        self._bells.ring(peer)
-        return count
+    def _write(self, pair: tuple[int, int], start: int, header: tuple[int, int, int], size: int) -> None:
+        """Writes a header and lets the reader have it and what is behind it, `size` bytes in all."""
+        self._headers[pair][start // 8 : start // 8 + 3] = header
+        self._written[pair] += size
+        self._bells.ring(pair[1])
 
-    def _take(self, peer: int) -> None:
-        """Reads the next piece from `peer`."""
-        pair = peer, self.rank
-        start = int(self._read[pair]) % self.capacity
-        tag, count, total = self._headers[pair][start // 8 : start // 8 + 3].tolist()
-        if peer not in self._coming:
-            self._coming[peer] = self._awaited(peer, tag, total)
-        message = self._coming[peer]
-        message.take(self._rings[pair][start + LINE : start + LINE + count])
-        if message.done:
-            del self._coming[peer]
-        self._read[pair] += LINE + _whole_lines(count)
-        # Who finds half of the channel empty does not wait for room. Should it have filled it meanwhile, it looks again after a nap.
-        if self._room(pair) - LINE - _whole_lines(count) < self.capacity // 2:
-            self._bells.ring(peer)
+    def _look_for(self, message: Message) -> bool:
+        """Reads the channel as far as this message; whether it has come that far."""
+        pair = message.peer, self.rank
+        while not message.done and message.work is None and self._read[pair] < self._written[pair]:
+            start = int(self._read[pair]) % self.capacity
+            tag, size, place = self._headers[pair][start // 8 : start // 8 + 3].tolist()
+            if place == SKIP:
+                self._read[pair] += self.capacity - start
+                continue
+            data = self._rings[pair][start + LINE : start + LINE + size] if place == RING else None
+            if asked := self._asked[message.peer, tag]:
+                self._deliver(asked.popleft(), size, data)
+            else:
+                self._early[message.peer, tag].append((size, None if data is None else data.clone()))
+            self._read[pair] += LINE + (0 if data is None else _whole_lines(size))
+        return message.done or message.work is not None
 
-    def _awaited(self, peer: int, tag: int, total: int) -> Message:
-        """Whoever asked for the message that begins."""
-        if asked := self._asked[peer, tag]:
-            message = asked.popleft()
-            self._compare(message, total)
+    def _deliver(self, message: Message, size: int, data: Tensor | None) -> None:
+        """Gives the message its bytes, or starts receiving them through the process group."""
+        if message.bytes.numel() != size:
+            raise CommunicationError(
+                f"message {message.tag} of rank {message.peer} of the axis has {size} bytes, this rank expects {message.bytes.numel()}: "
+                "give all ranks the same shapes"
+            )
+        if data is not None:
+            message.bytes.copy_(data)
+            message.done = True
         else:
-            message = Message(self, peer, tag, torch.empty(total, dtype=torch.uint8))
-            self._early[peer, tag].append(message)
-        return message
+            with _group_errors():
+                message.work = self.group.recv([message.out], message.peer, message.tag + WITHOUT_ROOM)
 
     def _until(self, ready: Callable[[], bool], peer: int) -> None:
         """Waits for something that `peer` does."""
-        begin, why = time.monotonic(), None
+        begin = looked = time.monotonic()
+        why = None
         while True:
             heard = self._bells.heard()
-            for other in self._others():
-                while self._read[other, self.rank] < self._written[other, self.rank]:
-                    self._take(other)
             if ready():
                 return
             if why:  # it may have sent its last and ended: that was looked for once more
                 raise CommunicationError(why)
-            if self._left[peer] or not self._bells.sleep(heard, NAP):
-                why = trouble(peer, bool(self._left[peer]), self._processes[peer], time.monotonic() - begin, self.timeout)
-
-    def _compare(self, message: Message, total: int) -> None:
-        if message.bytes.numel() != total:
-            raise CommunicationError(
-                f"message {message.tag} of rank {message.peer} of the axis has {total} bytes, this rank expects {message.bytes.numel()}: "
-                "give all ranks the same shapes"
-            )
+            if not self._left[peer]:
+                self._bells.sleep(heard, NAP)
+            now = time.monotonic()
+            if self._left[peer] or now - looked >= NAP:
+                looked = now
+                why = trouble(peer, bool(self._left[peer]), self._processes[peer], now - begin, self.timeout)
 
     def _room(self, pair: tuple[int, int]) -> int:
         return self.capacity - int(self._written[pair] - self._read[pair])
-
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.size) if rank != self.rank]
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -185,6 +199,14 @@ class Channels:
             raise
 
 
+@contextmanager
+def _group_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(str(error)) from error
+
+
 class _Bells:
     """A word for each rank, on which it sleeps: futex(2) through libc, for which Python has no function of its own."""
 
@@ -195,7 +217,7 @@ class _Bells:
         self._rank, self._rung = rank, 0
         self._words = np.frombuffer(memory, np.uint32, count=size * LINE // 4).reshape(size, LINE // 4)[:, 0]
         self._addresses = [ctypes.c_void_p(self._words.ctypes.data + LINE * r) for r in range(size)]
-        self._call = ctypes.CDLL(None, use_errno=True).syscall
+        self._call = ctypes.CDLL(None).syscall
 
     def ring(self, rank: int) -> None:
         """Wakes a rank, or keeps it from falling asleep: writes what no other rank writes and this one has not lately."""
@@ -207,19 +229,17 @@ class _Bells:
         """To be asked before looking at what may have changed, and given to `sleep`."""
         return int(self._words[self._rank])
 
-    def sleep(self, heard: int, seconds: float) -> bool:
-        """Until the bell rings, if it has not since `heard`; whether it did within that time."""
+    def sleep(self, heard: int, seconds: float) -> None:
+        """Until the bell rings, unless it has since `heard`, or so many seconds."""
         limit = (ctypes.c_long * 2)(0, int(seconds * 1e9))
-        return self._call(self.SYSTEM_CALL, self._addresses[self._rank], self.WAIT, ctypes.c_uint32(heard), limit) == 0 or (
-            self.heard() != heard
-        )
+        self._call(self.SYSTEM_CALL, self._addresses[self._rank], self.WAIT, ctypes.c_uint32(heard), limit)
 
 
 def connect_channels(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> Channels | None:
     """Channels between all ranks of the group, or None, on all of them, where they cannot share memory."""
     capacity = min(LARGEST_CHANNEL, MOST_BYTES // (size * (size - 1))) // LINE * LINE
-    shared = map_together(head_bytes(size) + size * (size - 1) * capacity, rank, size, group)
-    return None if shared is None else Channels(shared[0], rank, size, capacity, shared[1], timeout)
+    shared = map_together(head_bytes(size) + size * (size - 1) * capacity, rank, size, group) if capacity >= PARTS * PARTS * LINE else None
+    return None if shared is None else Channels(shared[0], rank, size, capacity, shared[1], timeout, group)
 
 
 def head_bytes(size: int) -> int:

@@ -2,8 +2,8 @@
 
 On CUDA they are NCCL's. On CPU every rank gets every other's tensor and adds them itself, in rank order, in at least fp32: through memory
 that the ranks of a host share (`megapar.shared_memory`), along dp piece by piece; where there is none, or the tensor does not fit along
-tp, as one message to each. Messages go through shared memory too (`megapar.channels`), or through the process group. gloo's own
-collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop
+tp, as one message to each. Messages along pp go through shared memory too (`megapar.channels`), large ones through the process group.
+gloo's own collectives take several messages each (its reduce-scatter is an all-reduce inside) and round 16-bit sums at every hop
 (`benchmarks/overhead.py`). An all-reduce of a large tensor over more than two ranks is gloo's, which sends less.
 
 Whatever goes wrong with another rank raises CommunicationError.
@@ -44,7 +44,7 @@ class Pending(Protocol):
 
 
 class _Messages:
-    """A collective made of messages through the process group."""
+    """A collective made of messages, or the process group's own."""
 
     def __init__(self, works: Sequence[Work | None], finish: Callable[[], Tensor]) -> None:
         self._works, self._finish = works, finish
@@ -86,7 +86,7 @@ def start_send(x: Tensor, axis: Axis, rank: int, tag: int) -> Work | None:
 
     On CPUs a receive takes the message of its tag. NCCL knows no tags: there the messages of two ranks need one order on both.
     """
-    if axis.channels is not None and x.device.type == "cpu":
+    if axis.channels is not None and x.device.type == "cpu" and axis.channels.take(x):
         axis.channels.send(x, rank, tag)
         return None
     try:
@@ -97,12 +97,18 @@ def start_send(x: Tensor, axis: Axis, rank: int, tag: int) -> Work | None:
 
 def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> Work:
     """Starts filling contiguous `out` with the message of this tag from rank `rank` of the axis, of the same size."""
-    if axis.channels is not None and out.device.type == "cpu":
+    if axis.channels is not None and out.device.type == "cpu" and axis.channels.take(out):
         return axis.channels.receive(out, rank, tag)
     try:
         return group_of(axis).recv([out], rank, tag)
     except RuntimeError as error:
         raise CommunicationError(str(error)) from error
+
+
+def flush(axis: Axis) -> None:
+    """Waits until what `start_send` gave no work for is in shared memory or has arrived."""
+    if axis.channels is not None:
+        axis.channels.flush()
 
 
 def close_connections(axis: Axis) -> None:

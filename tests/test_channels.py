@@ -5,15 +5,17 @@ import random
 import signal
 import time
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megapar import ParallelMesh, channels, shared_memory
-from megapar.channels import Channels
+from megapar.channels import Channels, Message
 from megapar.mesh import Axis
 from megapar.shared_memory import FOLDER
-from megapar.transport import start_receive, start_send, wait
+from megapar.transport import flush, start_receive, start_send, wait
 from tests.ranks import RankError
 
 SHARED = pytest.mark.skipif(shared_memory._host() == 0, reason="this processor or system shares no memory between ranks")
@@ -29,53 +31,91 @@ def numbers(size: int, sender: int, receiver: int, number: int) -> torch.Tensor:
     return torch.arange(size, dtype=torch.int32) + (sender * 8 + receiver) * 1_000_000 + number * 100
 
 
-def stress(world: int, capacity: int, rounds: int) -> None:
-    """Of every pair some messages of random sizes and tags, asked for early, late and in another order, by ranks that fall behind."""
+def with_capacity(world: int, capacity: int) -> Axis:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channels, "LARGEST_CHANNEL", capacity)
         pp = ParallelMesh(pp=world).pp
     assert channels_of(pp).capacity == capacity
-    plan, delays = random.Random(0), random.Random(pp.rank)
+    return pp
+
+
+def stress(world: int, capacity: int, rounds: int) -> int:
+    """Of every pair some messages of random sizes and tags, asked for early, late and in another order, by ranks that fall behind. How
+    many found no room."""
+    pp = with_capacity(world, capacity)
+    plan, delays, without_room = random.Random(0), random.Random(pp.rank), 0
     for number in range(rounds):
-        sent = [(a, b, tag) for a in range(world) for b in range(world) for tag in range(plan.randint(0, 3)) if a != b]
-        sizes = {key: plan.choice([0, 1, 16, 17, 1000, capacity // 4, capacity]) for key in sent}
+        sent = [(a, b, tag) for a in range(world) for b in range(world) for tag in range(plan.randint(0, 24)) if a != b]
+        sizes = {key: plan.choice([0, 1, 17, capacity // 48, *[capacity // 32] * 3, capacity // 32 + 1]) for key in sent}
         plan.shuffle(sent)
         mine = [key for key in sent if key[1] == pp.rank]
         outs = {key: torch.full((sizes[key],), -1, dtype=torch.int32) for key in mine}
         soon = [key for key in mine if delays.random() < 0.5]
         works = {key: start_receive(outs[key], pp, key[0], key[2]) for key in soon}
+        sends = []
         for a, b, tag in sent:
             if a == pp.rank:
-                start_send(numbers(sizes[a, b, tag], a, b, number), pp, b, tag)
+                x = numbers(sizes[a, b, tag], a, b, number)
+                sends.append(start_send(x, pp, b, tag))
+                if sends[-1] is None:
+                    x.fill_(-2)
                 if delays.random() < 0.1:
                     time.sleep(0.002)
         delays.shuffle(mine)
         for key in mine:
             wait(works.get(key) or start_receive(outs[key], pp, key[0], key[2]))
             assert torch.equal(outs[key], numbers(sizes[key], key[0], key[1], number)), key
+        for send in sends:
+            wait(send)
+        without_room += len(channels_of(pp)._without_room)
+        flush(pp)
+        assert not channels_of(pp)._without_room
+    return without_room
 
 
 @SHARED
-@pytest.mark.parametrize("world,capacity", [(2, 256), (3, 4096), (4, 64 << 10)])
+@pytest.mark.parametrize("world,capacity", [(2, 16 << 10), (3, 32 << 10), (4, 16 << 10)])
 def test_stress(ranks, world, capacity):
-    ranks.run(world, stress, world, capacity, 40)
+    assert all(without_room > 0 for without_room in ranks.run(world, stress, world, capacity, 40))
 
 
-def both_full() -> None:
-    """Each rank sends three times what a channel holds before it asks for anything."""
-    pp = ParallelMesh(pp=2).pp
-    size = 3 * channels_of(pp).capacity // 4
-    for tag in range(2):
-        start_send(numbers(size, pp.rank, 1 - pp.rank, tag), pp, 1 - pp.rank, tag)
-    for tag in (1, 0):
-        out = torch.empty(size, dtype=torch.int32)
-        wait(start_receive(out, pp, 1 - pp.rank, tag))
-        assert torch.equal(out, numbers(size, 1 - pp.rank, pp.rank, tag))
+def no_room() -> None:
+    """Each rank sends three times what a channel holds before it asks for anything; then there is room again."""
+    pp = with_capacity(2, 16 << 10)
+    for number in range(5):
+        for tag in range(24):
+            start_send(numbers(512, pp.rank, 1 - pp.rank, tag), pp, 1 - pp.rank, 7 if tag < 12 else tag)
+        assert len(channels_of(pp)._without_room) >= 16, number
+        dist.barrier()
+        for tag in (*range(20, 24), *range(12), *range(12, 20)):
+            out = torch.empty(512, dtype=torch.int32)
+            wait(start_receive(out, pp, 1 - pp.rank, 7 if tag < 12 else tag))
+            assert torch.equal(out, numbers(512, 1 - pp.rank, pp.rank, tag))
+        flush(pp)
+        dist.barrier()
 
 
 @SHARED
-def test_both_full(ranks):
-    ranks.run(2, both_full)
+def test_no_room(ranks):
+    ranks.run(2, no_room)
+
+
+def read_as_far_as_asked() -> None:
+    """What comes after a message that is waited for stays in the channel, however much there is."""
+    pp = ParallelMesh(pp=2).pp
+    for tag in range(50):
+        if pp.rank == 0:
+            start_send(torch.full((10,), float(tag)), pp, 1, tag)
+        else:
+            out = torch.empty(10)
+            time.sleep(0.001)
+            wait(start_receive(out, pp, 0, tag))
+            assert out[0] == tag and not any(channels_of(pp)._early.values())
+
+
+@SHARED
+def test_read_as_far_as_asked(ranks):
+    ranks.run(2, read_as_far_as_asked)
 
 
 def one_tag() -> None:
@@ -101,10 +141,11 @@ def test_one_tag(ranks):
     ranks.run(2, one_tag)
 
 
-def strided() -> None:
-    """Any dtype, scalars, several dimensions."""
+def any_dtype() -> None:
+    """And scalars, and several dimensions."""
     pp = ParallelMesh(pp=2).pp
-    for tag, x in enumerate([torch.tensor(3.5, dtype=torch.float64), torch.ones(3, 5).bfloat16(), torch.tensor([True, False])]):
+    values = [torch.tensor(3.5, dtype=torch.float64), torch.ones(3, 5).bfloat16(), torch.tensor([True, False]), torch.ones(2) * 1j]
+    for tag, x in enumerate(values):
         out = torch.zeros_like(x)
         asked = start_receive(out, pp, 1 - pp.rank, tag)
         start_send(x, pp, 1 - pp.rank, tag)
@@ -114,7 +155,7 @@ def strided() -> None:
 
 @SHARED
 def test_dtypes(ranks):
-    ranks.run(2, strided)
+    ranks.run(2, any_dtype)
 
 
 def made(broken: str) -> bool:
@@ -138,9 +179,9 @@ def test_ranks_agree_to_share(ranks):
     assert ranks.run(2, made, "map") == [False, False]
 
 
-def waits_for(what: str, room: bool) -> str:
-    """Rank 1 dies or dawdles; what rank 0, which waits for it or for room in its channel, is told, and how long that takes."""
-    pp = ParallelMesh(pp=2, timeout=timedelta(seconds=1)).pp
+def waits_for(what: str, words: str) -> None:
+    """Rank 1 dies or dawdles; what rank 0, which waits for it, is told, and how long that takes."""
+    pp = ParallelMesh(pp=2, timeout=timedelta(seconds=1 if what == "dawdles" else 30)).pp
     wait(start_send(torch.ones(1), pp, 1 - pp.rank, 1))
     wait(start_receive(torch.ones(1), pp, 1 - pp.rank, 1))
     begin = time.monotonic()
@@ -148,46 +189,50 @@ def waits_for(what: str, room: bool) -> str:
         if what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(3)
-        return ""
-    with pytest.raises(RuntimeError) as error:
-        if room:
-            start_send(torch.ones(channels_of(pp).capacity), pp, 1, 2)
-        else:
-            wait(start_receive(torch.ones(1), pp, 1, 2))
+        return
+    with pytest.raises(RuntimeError, match=words):
+        wait(start_receive(torch.ones(1), pp, 1, 2))
     assert time.monotonic() - begin < 2.5
     with pytest.raises(RuntimeError, match="an earlier message of this axis failed"):
         start_send(torch.ones(1), pp, 1, 3)
-    return str(error.value)
 
 
 @SHARED
-@pytest.mark.parametrize("room", [False, True])
-def test_hanging_peer(ranks, room):
-    told, _ = ranks.run(2, waits_for, "dawdles", room)
-    assert told.startswith("rank 1 of the axis did not come within 1 s: it hangs")
+def test_hanging_peer(ranks):
+    ranks.run(2, waits_for, "dawdles", "rank 1 of the axis did not come within 1 s: it hangs")
 
 
 @SHARED
-@pytest.mark.parametrize("room", [False, True])
-def test_dead_peer(ranks, room):
+def test_dead_peer(ranks):
     with pytest.raises(RankError) as error:
-        ranks.run(2, waits_for, "dies", room)
-    assert set(error.value.errors) == {1}, "rank 0 came back by itself"
+        ranks.run(2, waits_for, "dies", "rank 1 of the axis died")
+    assert set(error.value.errors) == {1}, "rank 0 came back by itself, and was told why"
 
 
-def parting(rank: int) -> list[str]:
-    """Rank 1 sends two and leaves; rank 0 gets both, and for a third is told."""
+def parting() -> list[str]:
+    """Rank 1 sends one and leaves, while rank 0 sleeps until it has left; that gets the message, and for another is told."""
     pp = ParallelMesh(pp=2).pp
+    found = channels_of(pp)
     if pp.rank == 1:
-        for tag in range(2):
-            start_send(torch.full((2,), float(tag)), pp, 0, tag)
-        channels_of(pp).leave()
+        start_send(torch.ones(2), pp, 0, 1)
+        found.leave()
         return []
-    time.sleep(0.1)
-    for tag in range(2):
-        out = torch.empty(2)
-        wait(start_receive(out, pp, 1, tag))
-        assert out.tolist() == [float(tag)] * 2
+    out = torch.empty(2)
+    asked = Message(found, 1, 1, out)
+    found._asked[1, 1].append(asked)  # not looked for yet
+    looks = [False]
+
+    def look_for(message: Message) -> bool:
+        if looks[0]:
+            return Channels._look_for(found, message)
+        looks[0] = True
+        while not found._left[1]:
+            time.sleep(0.001)
+        return False
+
+    with mock.patch.object(found, "_look_for", look_for):
+        wait(asked)
+    assert out.tolist() == [1.0, 1.0]
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as error:
         wait(start_receive(torch.empty(2), pp, 1, 2))
@@ -197,7 +242,7 @@ def parting(rank: int) -> list[str]:
 
 @SHARED
 def test_who_leaves_has_sent(ranks):
-    told, _ = ranks.run(2, parting, 1)
+    told, _ = ranks.run(2, parting)
     assert told[0].startswith("rank 1 of the axis failed and left")
 
 

@@ -22,9 +22,9 @@ from megapar.ops.cross_entropy import cross_entropy_grad, cross_entropy_join, cr
 from megapar.ops.linear import linear_forward, linear_input_grad, linear_weight_grad
 from megapar.transport import start_all_gather, start_all_reduce, start_reduce_scatter
 
-CPU_BYTES = 32 << 20
-"""Of a chunk's logits: enough rows for an efficient GEMM. What takes as much glibc gives back at once, and the pages of each new chunk cost
-some percent of the time; of 28 MiB it kept up to three chunks (`python -m benchmarks.linear_cross_entropy`: peak MB)."""
+CPU_BYTES = 48 << 20
+"""Of a chunk's logits at most: enough rows for an efficient GEMM. Two or more times as many tokens as one may have are in
+chunks of 32 MiB or more, which glibc gives back at once; of 28 MiB it kept three (`python -m benchmarks.linear_cross_entropy`: peak MB)."""
 GPU_ROWS = 2048
 GPU_TILES = 8 * 148
 

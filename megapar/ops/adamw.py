@@ -17,7 +17,7 @@ logical tensor: any sharding and any number of threads rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,6 @@ from megapar.ops.dispatch import use_reference
 from megapar.ops.step_state import StepState
 
 MASK = 0xFFFFFFFF
-PIECE = 1 << 15
-"""Elements that the reference works on at a time: what it computes with stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +114,12 @@ def adamw_reference(
     places: Sequence[int] = (),
     lr_scale: Tensor | None = None,
 ) -> None:
-    """The formula, a piece of a tensor at a time."""
+    """The formula, tensor by tensor."""
     check_options(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     rate: float | Tensor = lr if lr_scale is None else lr * lr_scale.reshape(())
     skip = scalars[2] != 0
-    contiguous = [grad.contiguous() for grad in grads]
-    for i, start, (weight, grad, exp_avg, exp_avg_sq, master) in _pieces(weights, contiguous, exp_avgs, exp_avg_sqs, masters):
-        row = rows[i]
+    for i, (weight, grad, exp_avg, exp_avg_sq, row) in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, rows, strict=True)):
+        master = masters[i] if masters else None
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_scale, step_size, root_scale = (x.to(wide) for x in (scalars[0], rate * counters[row, 1], counters[row, 2]))
         if master is None:
@@ -139,8 +136,7 @@ def adamw_reference(
         w = w - decay * w - step_size * m / (v.sqrt() * root_scale + eps)
         bits = None
         if seed is not None:
-            place = tuple(places[3 * i : 3 * i + 3]) or (0, max(weights[i].numel(), 1), 0)
-            bits = noise(weight, seed, counters[row, 0].long(), ids[i], place, start)
+            bits = noise(weight, seed, counters[row, 0].long(), ids[i], tuple(places[3 * i : 3 * i + 3]) or (0, max(weight.numel(), 1), 0))
         stored = [(exp_avg, rounded(m, exp_avg.dtype, None if bits is None else bits >> 16))]
         stored.append((exp_avg_sq, rounded(v, exp_avg_sq.dtype, None if bits is None else mix(bits) & 0xFFFF)))
         if master is None:
@@ -151,14 +147,6 @@ def adamw_reference(
             stored += [(master, w), (weight, w.to(weight.dtype))]
         for old, new in stored:
             old.copy_(torch.where(skip, old, new))
-
-
-def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Any]]]:
-    """(index in the lists, first element, the piece of each list's tensor). Of a list without tensors the pieces are None."""
-    for i, first in enumerate(lists[0]):
-        flat = [tensors[i].view(-1) if tensors else None for tensors in lists]
-        for start in range(0, first.numel(), PIECE):
-            yield i, start, [None if x is None else x[start : start + PIECE] for x in flat]
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,11 +182,10 @@ def rounded(x: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tensor:
     return high.to(torch.int16).view(torch.bfloat16)
 
 
-def noise(like: Tensor, seed: int, step: Tensor, tensor_id: int, place: tuple[int, ...], start: int = 0) -> Tensor:
-    """32 random bits in an int64 for each element of `like`, the first of which is the tensor's element `start`; place is (base, columns,
-    stride)."""
+def noise(like: Tensor, seed: int, step: Tensor, tensor_id: int, place: tuple[int, ...]) -> Tensor:
+    """32 random bits in an int64 for each element of `like`; place is (base, columns, stride)."""
     base, columns, stride = place
-    i = start + torch.arange(like.numel(), device=like.device).view(like.shape)
+    i = torch.arange(like.numel(), device=like.device).view(like.shape)
     index = base + i // columns * stride + i % columns
     key = _mix64(_mix64(_mix64(torch.full_like(step, seed) + _signed(0x9E3779B97F4A7C15)) + step) + tensor_id)
     return mix((mix((index & MASK) ^ (key & MASK)) + ((index >> 32) ^ (key >> 32 & MASK))) & MASK)

@@ -168,9 +168,9 @@ def test_main_grad(dtype, rows, monkeypatch):
 @pytest.mark.parametrize("columns", [1, 1000, 4000, 16032, 128256, 10**9])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_chunk_rows(columns, itemsize):
-    """Logits of a CPU fit what glibc keeps; on a GPU tiles fill it, and 12 bytes a weight cost less than a third of 6 FLOPs a row."""
+    """Logits of a CPU fit what they may take; on a GPU tiles fill it, and 12 bytes a weight cost less than a third of 6 FLOPs a row."""
     on_cpu, on_gpu = (chunk_rows(device, columns, itemsize) for device in ("cpu", "cuda"))
-    assert on_cpu == 1 or on_cpu * columns * itemsize <= 32 << 20 < (on_cpu + 1) * columns * itemsize
+    assert on_cpu == 1 or on_cpu * columns * itemsize <= 48 << 20 < (on_cpu + 1) * columns * itemsize
     assert (on_gpu / 128) * (columns / 256) >= 7.9 * 148
     assert 12 * 300 / (6 * on_gpu) < 1 / 3
     assert on_gpu == 2048 or on_gpu * columns <= 8 * 148 * 128 * 256, "no more memory than it takes"

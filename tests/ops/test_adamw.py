@@ -453,25 +453,6 @@ def test_options_out_of_range(options, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plain_body_works_in_pieces(kind, monkeypatch):
-    """Of any size: the same bits, those drawn for each element too, from gradients that lie anyhow."""
-    rounds, state = (kind[1] is None and kind[0] == BF16), state_at(3)
-    options: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-    if rounds:
-        options |= {"seed": 5, "ids": [4, 9], "places": [7, 6, 20, 0, 25, 25]}
-    found = []
-    for piece in (1 << 15, 7):
-        monkeypatch.setattr("megapar.ops.adamw.PIECE", piece)
-        x = lists([30, 25], *kind, moment=BF16 if rounds else F32)
-        x.grads[0] = x.grads[0].view(5, 6).t().contiguous().t().view(5, 6)
-        for tensors in (x.weights, x.masters, x.exp_avgs, x.exp_avg_sqs):
-            tensors[:1] = [tensor.view(5, 6) for tensor in tensors[:1]]
-        adamw_reference(*vars(x).values(), state.scalars, state.counters, [0, 0], **options)
-        found.append(x.tensors())
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("lr", [torch.tensor(0.3), torch.tensor([1e-3]).double(), torch.tensor(0.1).bfloat16(), torch.zeros(())])
 def test_a_rate_in_memory_is_the_number(kind, decoupled, lr):

@@ -112,10 +112,12 @@ def test_sent_outputs_are_dropped(ranks, shared):
     ranks.run(2, dropped, shared)
 
 
-def gradients(kind: str, pp: int, chunks: int, shared: bool) -> list[torch.Tensor]:
-    """This rank's, of two steps of micro-batches of several lengths."""
-    mesh = ParallelMesh(pp=pp) if shared else without_channels(pp)
-    stages = stages_of(config_of(pp * chunks, False, False, 2), mesh, chunks)
+def gradients(kind: str, pp: int, chunks: int, capacity: int, tp: int = 1) -> list[torch.Tensor]:
+    """This rank's, of two steps of micro-batches of several lengths. capacity: of the channels, 0 for none."""
+    with mock.patch("megapar.channels.LARGEST_CHANNEL", capacity):
+        mesh = ParallelMesh(pp=pp, tp=tp)
+    assert mesh.pp.channels is None if capacity == 0 else mesh.pp.channels.capacity == capacity
+    stages = stages_of(config_of(pp * chunks, False, False, 2), mesh, chunks, sequence_parallel=tp > 1)
     grads = MainGrads(p for stage in stages for p in stage.parameters())
     runner = PipelineRunner([Chunk(stage) for stage in stages], mesh, make_schedule(kind, pp, chunks, 5))
     for seed in range(2):
@@ -127,8 +129,16 @@ def gradients(kind: str, pp: int, chunks: int, shared: bool) -> list[torch.Tenso
 @pytest.mark.parametrize("kind,pp,chunks", [("gpipe", 3, 1), ("1f1b", 2, 1), ("interleaved_1f1b", 2, 2), ("zero_bubble", 4, 1)])
 def test_through_the_process_group(ranks, kind, pp, chunks):
     """Bitwise the gradients of messages through shared memory."""
-    for one, other in zip(*(ranks.run(pp, gradients, kind, pp, chunks, shared) for shared in (True, False)), strict=True):
+    for one, other in zip(*(ranks.run(pp, gradients, kind, pp, chunks, capacity) for capacity in (1 << 20, 0)), strict=True):
         assert len(one) > 0 and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "interleaved_1f1b", "zero_bubble"])
+@pytest.mark.parametrize("capacity", [4 << 10, 8 << 10])
+def test_room(ranks, kind, capacity):
+    """Channels that hold a few messages, and some that most are too large for, while ranks of tp wait for each other between them."""
+    for one, other in zip(*(ranks.run(4, gradients, kind, 2, 2, room, 2) for room in (1 << 20, capacity)), strict=True):
+        assert len(one) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_tags_differ():
