@@ -2,7 +2,8 @@
 
 A channel is a ring of bytes that one rank writes and the other reads, in order: a header of a line (tag, bytes of the message, where it
 is), then the bytes. A message for which there is no room just then travels through the process group, and its header alone through the
-channel. No send waits for its reader, who may be waiting for a third rank, and that one for this (tests/pipeline/test_wire.py::test_room).
+channel. So a send does not wait for its reader, who may be in a collective with a rank that waits to send to a neighbour of this one
+(tests/pipeline/test_wire.py::test_room), until it is further ahead than a schedule lets two ranks be of each other.
 
 Who has nothing to do sleeps, as ranks often share a core, until its bell rings: a word of the memory that the kernel can wait on.
 
@@ -28,7 +29,9 @@ from megapar.shared_memory import LINE, MOST_BYTES, CommunicationError, map_toge
 LARGEST_CHANNEL = 4 << 20
 """Bytes."""
 PARTS = 8
-"""A message takes at most one part in so many of a channel, and one part is kept for headers, of thousands of messages without room."""
+"""A message takes at most one part in so many of a channel, and one part is kept for headers alone."""
+MOST_WITHOUT_ROOM = 64
+"""Messages to a rank that travel through the process group and that it has not come to: what they take is bounded."""
 WITHOUT_ROOM = 1 << 30
 """Added to the tag of a message that found no room: one too large for the channel, of the same tag, may be under way in the group too."""
 NAP = 0.02
@@ -45,6 +48,7 @@ class Message:
         self.bytes = out.view(-1).view(torch.uint8)
         self.done = self.bytes.numel() == 0  # nobody sends nothing
         self.work: dist.Work | None = None  # while it travels through the process group
+        self.early: Message | None = None  # the same, if it was read before it was asked for
 
     def wait(self) -> None:
         self.channels.finish(self)
@@ -66,8 +70,9 @@ class Channels:
         self._rings = {(a, b): torch.from_numpy(rings[a, b - (b > a)]) for a in range(size) for b in range(size) if a != b}
         self._headers = {pair: ring.view(torch.int64).numpy() for pair, ring in self._rings.items()}
         self._asked: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-        self._early: dict[tuple[int, int], deque[tuple[int, Tensor | None]]] = defaultdict(deque)
-        self._without_room: list[tuple[Tensor, dist.Work]] = []
+        self._early: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+        # By reader: what travels through the process group, and where in the channel its header ends.
+        self._without_room: dict[int, deque[tuple[int, Tensor, dist.Work]]] = defaultdict(deque)
         self._broken: BaseException | None = None
 
     def take(self, x: Tensor) -> bool:
@@ -84,11 +89,12 @@ class Channels:
             start = int(self._written[pair]) % self.capacity
             skipped = self.capacity - start if start + LINE + size > self.capacity else 0
             if self._room(pair) - skipped - LINE - _whole_lines(size) < self.capacity // PARTS:
-                self._until(lambda: self._room(pair) >= LINE, peer)
+                self._forget_read(peer, MOST_WITHOUT_ROOM - 1)
                 self._write(pair, start, (tag, size, GROUP), LINE)
                 kept = x.clone()
                 with _group_errors():
-                    self._without_room.append((kept, self.group.send([kept], peer, tag + WITHOUT_ROOM)))
+                    work = self.group.send([kept], peer, tag + WITHOUT_ROOM)
+                self._without_room[peer].append((int(self._written[pair]), kept, work))
                 return
             if skipped:
                 self._write(pair, start, (0, 0, SKIP), skipped)
@@ -97,10 +103,12 @@ class Channels:
             self._write(pair, start, (tag, size, RING), LINE + _whole_lines(size))
 
     def flush(self) -> None:
-        """Waits until the messages that found no room have arrived."""
-        with self._whole(), _group_errors():
-            while self._without_room:
-                self._without_room.pop(0)[1].wait()
+        """Waits until all that was sent has been read. Else the next wait for a rank far behind would be a long one, and time out."""
+        with self._whole():
+            for peer in range(self.size):
+                self._forget_read(peer, 0)
+                pair = self.rank, peer
+                self._until(lambda pair=pair: self._read[pair] == self._written[pair], peer)  # type: ignore[misc]
 
     def receive(self, out: Tensor, peer: int, tag: int) -> Message:
         """Asks for the next message of this tag from `peer`, which must be as long as contiguous `out`."""
@@ -109,7 +117,7 @@ class Channels:
             return message
         with self._whole():
             if early := self._early[peer, tag]:
-                self._deliver(message, *early.popleft())
+                message.early = early.popleft()
             else:
                 self._asked[peer, tag].append(message)
                 self._look_for(message)
@@ -118,11 +126,11 @@ class Channels:
     def finish(self, message: Message) -> None:
         """Waits for it."""
         with self._whole():
-            self._until(lambda: self._look_for(message), message.peer)
-            if message.work is not None:
-                with _group_errors():
-                    message.work.wait()
-                message.work, message.done = None, True
+            if message.early is not None:
+                self._arrive(message.early)
+                self._deliver(message, message.early.bytes.numel(), message.early.bytes)
+                message.early = None
+            self._arrive(message)
 
     def leave(self) -> None:
         """Ends every wait of the other ranks for this one, now and later, with an error."""
@@ -135,6 +143,23 @@ class Channels:
         self._headers[pair][start // 8 : start // 8 + 3] = header
         self._written[pair] += size
         self._bells.ring(pair[1])
+
+    def _arrive(self, message: Message) -> None:
+        self._until(lambda: self._look_for(message), message.peer)
+        if message.work is not None:
+            with _group_errors():
+                message.work.wait()
+            message.work, message.done = None, True
+
+    def _forget_read(self, peer: int, most: int) -> None:
+        """Waits until at most so many messages that found no room are left which the reader has not come to, and drops the others."""
+        waiting, pair = self._without_room[peer], (self.rank, peer)
+        while waiting and (len(waiting) > most or self._read[pair] >= waiting[0][0]):
+            end, _, work = waiting[0]
+            self._until(lambda end=end: self._read[pair] >= end, peer)  # type: ignore[misc]
+            with _group_errors():
+                work.wait()
+            waiting.popleft()
 
     def _look_for(self, message: Message) -> bool:
         """Reads the channel as far as this message; whether it has come that far."""
@@ -149,8 +174,12 @@ class Channels:
             if asked := self._asked[message.peer, tag]:
                 self._deliver(asked.popleft(), size, data)
             else:
-                self._early[message.peer, tag].append((size, None if data is None else data.clone()))
+                early = Message(self, message.peer, tag, torch.empty(size, dtype=torch.uint8))
+                self._deliver(early, size, data)
+                self._early[message.peer, tag].append(early)
             self._read[pair] += LINE + (0 if data is None else _whole_lines(size))
+            if self._read[pair] == self._written[pair]:
+                self._bells.ring(message.peer)  # which may be in `flush`
         return message.done or message.work is not None
 
     def _deliver(self, message: Message, size: int, data: Tensor | None) -> None:
@@ -170,7 +199,7 @@ class Channels:
     def _until(self, ready: Callable[[], bool], peer: int) -> None:
         """Waits for something that `peer` does."""
         begin = looked = time.monotonic()
-        why = None
+        why, read = None, int(self._read[self.rank, peer])
         while True:
             heard = self._bells.heard()
             if ready():
@@ -182,6 +211,8 @@ class Channels:
             now = time.monotonic()
             if self._left[peer] or now - looked >= NAP:
                 looked = now
+                if read != self._read[self.rank, peer]:
+                    begin, read = now, int(self._read[self.rank, peer])  # it is slow, and comes on
                 why = trouble(peer, bool(self._left[peer]), self._processes[peer], now - begin, self.timeout)
 
     def _room(self, pair: tuple[int, int]) -> int:
@@ -238,7 +269,9 @@ class _Bells:
 def connect_channels(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> Channels | None:
     """Channels between all ranks of the group, or None, on all of them, where they cannot share memory."""
     capacity = min(LARGEST_CHANNEL, MOST_BYTES // (size * (size - 1))) // LINE * LINE
-    shared = map_together(head_bytes(size) + size * (size - 1) * capacity, rank, size, group) if capacity >= PARTS * PARTS * LINE else None
+    if capacity < PARTS * MOST_WITHOUT_ROOM * LINE:
+        return None
+    shared = map_together(head_bytes(size) + size * (size - 1) * capacity, rank, size, group)
     return None if shared is None else Channels(shared[0], rank, size, capacity, shared[1], timeout, group)
 
 

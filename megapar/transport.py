@@ -106,7 +106,7 @@ def start_receive(out: Tensor, axis: Axis, rank: int, tag: int) -> Work:
 
 
 def flush(axis: Axis) -> None:
-    """Waits until what `start_send` gave no work for is in shared memory or has arrived."""
+    """Waits until what `start_send` gave no work for has arrived."""
     if axis.channels is not None:
         axis.channels.flush()
 

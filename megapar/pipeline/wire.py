@@ -29,7 +29,7 @@ HEADER_BYTES = 1024
 MOST_PARTS = 16
 """Tensors that one stage may hand to the next."""
 UNDER_WAY = 2
-"""Messages of a kind and stage that are kept until they have arrived, if not in shared memory: a third is sent when the first has."""
+"""Messages of a kind and stage, above an eighth of a channel, that are kept until they have arrived: a third is sent when the first has."""
 
 
 class Payload(NamedTuple):
@@ -183,7 +183,7 @@ class Wire:
         return Incoming(payload, [start_receive(part, self.axis, peer, tag) for part in payload.tensors])
 
     def flush(self) -> None:
-        """Waits until all that was sent has arrived, or is where its reader finds it."""
+        """Waits until all that was sent has arrived."""
         flush(self.axis)
         for waiting in self._outgoing.values():
             while waiting:

@@ -1,6 +1,8 @@
 """What crosses between pipeline ranks: how many bytes, how long it is kept, and nothing where nothing has to."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from megapar import ParallelMesh
+from megapar import ParallelMesh, shared_memory
+from megapar.channels import Channels
 from megapar.grads import MainGrads
 from megapar.pipeline import wire
 from megapar.pipeline.kinds import make_schedule
@@ -112,11 +115,30 @@ def test_sent_outputs_are_dropped(ranks, shared):
     ranks.run(2, dropped, shared)
 
 
-def gradients(kind: str, pp: int, chunks: int, capacity: int, tp: int = 1) -> list[torch.Tensor]:
-    """This rank's, of two steps of micro-batches of several lengths. capacity: of the channels, 0 for none."""
-    with mock.patch("megapar.channels.LARGEST_CHANNEL", capacity):
-        mesh = ParallelMesh(pp=pp, tp=tp)
-    assert mesh.pp.channels is None if capacity == 0 else mesh.pp.channels.capacity == capacity
+@contextmanager
+def channels_of(capacity: int, parts: int) -> Iterator[list[bool]]:
+    """Meshes have channels of this size, or for 0 none; whether each message, one of whose size may take one of so many parts, found
+    room."""
+    found = []
+
+    def forget_read(channels: Channels, peer: int, most: int) -> None:
+        found.append(most == 0)  # as `flush` calls it
+        real(channels, peer, most)
+
+    real = Channels._forget_read
+    patches = {"LARGEST_CHANNEL": capacity, "PARTS": parts, "MOST_WITHOUT_ROOM": 8}
+    with mock.patch.multiple("megapar.channels", **patches), mock.patch.object(Channels, "_forget_read", forget_read):
+        yield found
+
+
+def gradients(kind: str, pp: int, chunks: int, capacity: int, tp: int = 1, parts: int = 8) -> tuple[list[torch.Tensor], bool]:
+    """This rank's, of two steps of micro-batches of several lengths; whether all of its messages found room."""
+    with channels_of(capacity, parts) as found_room:
+        return _gradients(kind, ParallelMesh(pp=pp, tp=tp), chunks), all(found_room)
+
+
+def _gradients(kind: str, mesh: ParallelMesh, chunks: int) -> list[torch.Tensor]:
+    pp, tp = mesh.pp.size, mesh.tp.size
     stages = stages_of(config_of(pp * chunks, False, False, 2), mesh, chunks, sequence_parallel=tp > 1)
     grads = MainGrads(p for stage in stages for p in stage.parameters())
     runner = PipelineRunner([Chunk(stage) for stage in stages], mesh, make_schedule(kind, pp, chunks, 5))
@@ -129,15 +151,20 @@ def gradients(kind: str, pp: int, chunks: int, capacity: int, tp: int = 1) -> li
 @pytest.mark.parametrize("kind,pp,chunks", [("gpipe", 3, 1), ("1f1b", 2, 1), ("interleaved_1f1b", 2, 2), ("zero_bubble", 4, 1)])
 def test_through_the_process_group(ranks, kind, pp, chunks):
     """Bitwise the gradients of messages through shared memory."""
-    for one, other in zip(*(ranks.run(pp, gradients, kind, pp, chunks, capacity) for capacity in (1 << 20, 0)), strict=True):
+    for (one, _), (other, _) in zip(*(ranks.run(pp, gradients, kind, pp, chunks, capacity) for capacity in (1 << 20, 0)), strict=True):
         assert len(one) > 0 and all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.skipif(shared_memory._host() == 0, reason="this processor or system shares no memory between ranks")
 @pytest.mark.parametrize("kind", ["gpipe", "interleaved_1f1b", "zero_bubble"])
-@pytest.mark.parametrize("capacity", [4 << 10, 8 << 10])
-def test_room(ranks, kind, capacity):
-    """Channels that hold a few messages, and some that most are too large for, while ranks of tp wait for each other between them."""
-    for one, other in zip(*(ranks.run(4, gradients, kind, 2, 2, room, 2) for room in (1 << 20, capacity)), strict=True):
+@pytest.mark.parametrize("capacity,parts", [(4 << 10, 2), (8 << 10, 8)])
+def test_room(ranks, kind, capacity, parts):
+    """Channels that hold one message, and some that most are too large for, while ranks of tp wait for each other between them."""
+    plenty = ranks.run(4, gradients, kind, 2, 2, 1 << 20, 2)
+    little = ranks.run(4, gradients, kind, 2, 2, capacity, 2, parts)
+    assert all(room for _, room in plenty)
+    assert parts > 2 or not all(room for _, room in little)
+    for (one, _), (other, _) in zip(plenty, little, strict=True):
         assert len(one) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
