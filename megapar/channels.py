@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapar.shared_memory import LINE, MOST_BYTES, CommunicationError, map_together, trouble
+from megapar.shared_memory import LINE, MOST_BYTES, CommunicationError, OneOrder, map_together, trouble
 
 LARGEST_CHANNEL = 4 << 20
 """Bytes."""
@@ -54,7 +54,7 @@ class Message:
         self.channels.finish(self)
 
 
-class Channels:
+class Channels(OneOrder):
     """One rank's ends of the channels between the ranks of an axis. Messages of a pair and tag keep their order."""
 
     def __init__(
@@ -73,7 +73,6 @@ class Channels:
         self._early: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
         # By reader: what travels through the process group, and where in the channel its header ends.
         self._without_room: dict[int, deque[tuple[int, Tensor, dist.Work]]] = defaultdict(deque)
-        self._broken: BaseException | None = None
 
     def take(self, x: Tensor) -> bool:
         """Whether messages of this size, the same on both ranks, are for the channel."""
@@ -85,7 +84,7 @@ class Channels:
         size, pair = data.numel(), (self.rank, peer)
         if size == 0:
             return
-        with self._whole():
+        with self._whole("message"):
             start = int(self._written[pair]) % self.capacity
             skipped = self.capacity - start if start + LINE + size > self.capacity else 0
             if self._room(pair) - skipped - LINE - _whole_lines(size) < self.capacity // PARTS:
@@ -104,7 +103,7 @@ class Channels:
 
     def flush(self) -> None:
         """Waits until all that was sent has been read. Else the next wait for a rank far behind would be a long one, and time out."""
-        with self._whole():
+        with self._whole("message"):
             for peer in range(self.size):
                 self._forget_read(peer, 0)
                 pair = self.rank, peer
@@ -115,7 +114,7 @@ class Channels:
         message = Message(self, peer, tag, out)
         if message.done:
             return message
-        with self._whole():
+        with self._whole("message"):
             if early := self._early[peer, tag]:
                 message.early = early.popleft()
             else:
@@ -125,7 +124,7 @@ class Channels:
 
     def finish(self, message: Message) -> None:
         """Waits for it."""
-        with self._whole():
+        with self._whole("message"):
             if message.early is not None:
                 self._arrive(message.early)
                 self._deliver(message, message.early.bytes.numel(), message.early.bytes)
@@ -218,20 +217,10 @@ class Channels:
     def _room(self, pair: tuple[int, int]) -> int:
         return self.capacity - int(self._written[pair] - self._read[pair])
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """What is left in the middle, also by Ctrl-C, would leave half a message in a channel."""
-        if self._broken is not None:
-            raise CommunicationError(f"an earlier message of this axis failed ({self._broken}): start the ranks again") from self._broken
-        try:
-            yield
-        except BaseException as error:
-            self._broken = error
-            raise
-
 
 @contextmanager
 def _group_errors() -> Iterator[None]:
+    """What the process group raises, as the error of a rank that is gone or does not come."""
     try:
         yield
     except RuntimeError as error:

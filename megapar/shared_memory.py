@@ -52,7 +52,24 @@ class Kind(IntEnum):
     REDUCE_SCATTER = 3
 
 
-class SharedMemory:
+class OneOrder:
+    """What ranks use in one order. After a failure in the middle, also by Ctrl-C, they may no longer agree on it: no more use then."""
+
+    _broken: BaseException | None = None
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """what: of which one is inside."""
+        if self._broken is not None:
+            raise CommunicationError(f"an earlier {what} of this axis failed ({self._broken}): start the ranks again") from self._broken
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            raise
+
+
+class SharedMemory(OneOrder):
     """One rank's view of the memory of an axis. `start` posts a tensor, `Posted.wait` gives everyone's."""
 
     def __init__(self, memory: mmap.mmap, rank: int, size: int, slot: int, processes: list[int], timeout: float) -> None:
@@ -65,7 +82,6 @@ class SharedMemory:
         self._processes = processes
         self._started = 0
         self._under_way: deque[Posted] = deque()
-        self._broken: BaseException | None = None
 
     def start(self, kind: Kind, x: Tensor, read: Callable[[list[Tensor]], Tensor], subject: int = 0) -> Posted:
         """Posts contiguous `x`, at most `slot` bytes; `read` makes the result of every rank's tensor, by rank.
@@ -74,7 +90,7 @@ class SharedMemory:
 
         subject: what it is about, below 2^31, which has to be the same on all ranks.
         """
-        with self._whole():
+        with self._whole("collective"):
             self._started += 1
             if len(self._under_way) == RING:
                 self._under_way[0].wait()
@@ -88,7 +104,7 @@ class SharedMemory:
 
     def finish(self, posted: Posted) -> Tensor:
         """Reads an operation once all ranks have posted it, and gives back the slots of those that are finished in a row."""
-        with self._whole():
+        with self._whole("collective"):
             self._spin(self._posted, posted.number)
             for rank in range(self.size):
                 self._compare(rank, posted)
@@ -101,17 +117,6 @@ class SharedMemory:
     def leave(self) -> None:
         """Ends every wait of the other ranks for this one, now and later, with an error."""
         self._left[self.rank] = 1
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """What is left in the middle, also by Ctrl-C, would pair later operations of this rank with earlier ones of others."""
-        if self._broken is not None:
-            raise CommunicationError(f"an earlier collective of this axis failed ({self._broken}): start the ranks again") from self._broken
-        try:
-            yield
-        except BaseException as error:
-            self._broken = error
-            raise
 
     def _compare(self, rank: int, posted: Posted) -> None:
         theirs = int(self._signatures[rank, posted.number % RING])

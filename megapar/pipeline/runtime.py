@@ -172,6 +172,7 @@ class PipelineRunner:
             signed = [signature(micro_batch) for micro_batch in micro_batches]
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
+        # With tp alone beside it, ranks that share a layer are told too; else the pipeline, whose messages are the fastest way.
         axis = self.mesh.world if self.mesh.dp.size == 1 < self.mesh.tp.size else self.mesh.pp
         if not _all_say(None if error else (what, signed), axis):
             check_same(what, axis, "the method that is called")

@@ -29,7 +29,7 @@ HEADER_BYTES = 1024
 MOST_PARTS = 16
 """Tensors that one stage may hand to the next."""
 UNDER_WAY = 2
-"""Messages of a kind and stage, above an eighth of a channel, that are kept until they have arrived: a third is sent when the first has."""
+"""Messages of a kind and stage, of those that go through no channel, that are kept until they have arrived: a third waits for the first."""
 
 
 class Payload(NamedTuple):
